@@ -1,0 +1,281 @@
+"""The command line: words -> config -> verb -> exit status.
+
+In: ``raysys VERB key=value ...``. Out: 0 when the work is done, 2 and one line on stderr for a mistake in the words or the input.
+Values of text keys (paths, model names) are taken to the letter; every other value is read by hydra's override grammar.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from raysys.config import VERBS, check, choices, config_dir
+from raysys.storage import UserError
+
+# Verb -> (module and function, what it does, an example); in the order of the pipeline.
+HELP: dict[str, tuple[str, str, str]] = {
+    "annotate": (
+        "raysys.regions.on_ray:annotate",
+        "find and read the text in every picture of a corpus, once",
+        "raysys annotate corpus.path='data/train-{00000..00099}.tar' output=A",
+    ),
+    "filter": (
+        "raysys.policy.select:filter_annotations",
+        "decide which samples are kept, with a reason for each",
+        "raysys filter annotations=A policy=paper output=S",
+    ),
+    "train": (
+        "raysys.training.on_ray:train",
+        "train CLIP on what is kept, straight from the original shards",
+        "raysys train corpus.path=data annotations=A policy=paper model=ViT-B-16 train.steps=20000 output=R",
+    ),
+    "attack": (
+        "raysys.evaluation.on_ray:attack",
+        "build ImageNet-Attr: write a wrong class name on every picture",
+        "raysys attack imagenet.path=imagenet/val attack.classes=written_class.json output=O",
+    ),
+    "evaluate": (
+        "raysys.evaluation.on_ray:evaluate",
+        "ask a model the three questions: ImageNet, COCO, ImageNet-Attr",
+        "raysys evaluate model=R 'evaluators=[imagenet,imagenet_attr]' imagenet.path=imagenet/val imagenet_attr.path=O output=E",
+    ),
+    "sweep": (
+        "raysys.sweeping.on_ray:sweep",
+        "try thresholds and augmentation factors on one set of annotations",
+        "raysys sweep space=small corpus.path=data annotations=A model=ViT-B-32 train.steps=5000 "
+        "'evaluators=[retrieval]' retrieval.path=test.tar output=W",
+    ),
+    "report": (
+        "raysys.reporting.html:report_verb",
+        "one self-contained HTML page of any output folder",
+        "raysys report R",
+    ),
+    "demo": (
+        "raysys.demo:demo",
+        "the whole pipeline on an embedded corpus, in some minutes",
+        "raysys demo output=outputs/demo",
+    ),
+}
+
+
+def _hints(schema: type) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
+def _type_of(schema: type, key: str) -> Any:
+    """Type of a dotted key. :raises UserError: for a key that is not there, with the nearest ones."""
+    here: Any = schema
+    path: list[str] = []
+    for part in key.split("."):
+        hints = _hints(here) if is_dataclass(here) else {}
+        if part not in hints:
+            near = difflib.get_close_matches(part, hints, n=2)
+            known = ", ".join(".".join([*path, name]) for name in (near or hints))
+            raise UserError(
+                f"unknown key '{key}'" + (f"; did you mean {known}?" if near else f"; known here: {known}" if known else "")
+            )
+        here = hints[part]
+        path.append(part)
+    return here
+
+
+def _takes_text(hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return str in get_args(hint)
+    return hint is str
+
+
+def _value(key: str, raw: str, hint: Any) -> Any:
+    """A word's value: text to the letter, everything else by hydra's grammar."""
+    if _takes_text(hint):
+        if raw == "null" and hint is not str:
+            return None
+        quoted = len(raw) >= 2 and raw[0] == raw[-1] and raw[0] in "'\""
+        return raw[1:-1] if quoted else raw
+    override = OverridesParser.create().parse_override(f"{key}={raw}")
+    if override.is_sweep_override():
+        raise UserError(f"{key}={raw}: several values; write a list as {key}=[{raw}], and sweeps with `raysys sweep`")
+    return override.value()
+
+
+def _read_words(verb: str, words: list[str]) -> dict[str, str]:
+    """Words as key -> raw value, each key once."""
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, raw = word.partition("=")
+        if not equals:
+            if verb == "report" and "path" not in given:
+                key, raw = "path", word
+            else:
+                raise UserError(f"'{word}' is not key=value")
+        if key in given:
+            raise UserError(
+                f"{key} is given twice ('{given[key]}' and '{raw}'); if the shell made two words of a brace list, put it in quotes"
+            )
+        given[key] = raw
+    return given
+
+
+def _groups(schema: type) -> list[str]:
+    """Groups of conf/ that this verb knows."""
+    return [name for name in _hints(schema) if (Path(config_dir()) / name).is_dir()]
+
+
+def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any:
+    """Defaults, then the chosen groups, then ``config=FILE``, then the words.
+
+    :param complete: refuse missing and impossible values.
+    :returns: the verb's dataclass, or a DictConfig where ``complete`` is False.
+    :raises UserError: with one line.
+    """
+    schema = VERBS[verb]
+    given = _read_words(verb, words)
+    file = given.pop("config", None)
+    merged = _read_config_file(verb, file) if file else {}
+    groups = _groups(schema)
+    chosen = {key: given.pop(key) for key in list(given) if key in groups}
+    # A file may choose a group by name ("policy: paper"); words come after it.
+    chosen = {key: merged.pop(key) for key in list(merged) if key in groups and isinstance(merged[key], str)} | chosen
+    for group, name in chosen.items():
+        if name not in choices(group):
+            raise UserError(f"{group}={name} is not there; choose from {', '.join(choices(group))}")
+    store = ConfigStore.instance()
+    for name, dataclass in VERBS.items():
+        store.store(name=f"{name}_schema", node=dataclass)
+    try:
+        with initialize_config_dir(config_dir=config_dir(), version_base="1.3"):
+            cfg = compose(config_name=verb, overrides=[f"{group}={name}" for group, name in chosen.items()])
+        OmegaConf.set_struct(cfg, True)
+        cfg = OmegaConf.merge(cfg, merged)
+        for key, raw in given.items():
+            OmegaConf.update(cfg, key, _value(key, raw, _type_of(schema, key)))
+        if not complete:
+            return cfg
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
+        result = OmegaConf.to_object(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_fold(error)) from error
+    try:
+        check(result)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return result
+
+
+def _read_config_file(verb: str, file: str) -> dict[str, Any]:
+    if not os.path.isfile(file):
+        raise UserError(f"config={file}: no such file")
+    try:
+        loaded = OmegaConf.load(file)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config={file}: not valid YAML ({_fold(error)})") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"config={file}: must hold keys and values")
+    plain: dict[str, Any] = OmegaConf.to_container(loaded)  # type: ignore[assignment]
+
+    def refuse_unknown(node: dict[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            _type_of(VERBS[verb], prefix + str(key))
+            if isinstance(value, dict):
+                refuse_unknown(value, f"{prefix}{key}.")
+
+    refuse_unknown(plain, "")
+    return plain
+
+
+def _fold(error: BaseException) -> str:
+    """The message of a library on one line, with the key it names."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
+    return f"{key}: {text}" if key else text
+
+
+def _usage() -> str:
+    lines = ["raysys VERB key=value ...   (raysys VERB --help shows a verb's keys, --cfg job what the words make of them)", ""]
+    for verb, (_, what, example) in HELP.items():
+        lines += [f"  {verb:9} {what}", f"            {example}"]
+    return "\n".join(lines)
+
+
+def _verb_help(verb: str, words: list[str]) -> str:
+    _, what, example = HELP[verb]
+    groups = "\n".join(f"  {group}={','.join(choices(group))}" for group in _groups(VERBS[verb]))
+    text = f"raysys {verb}: {what}\n\nexample: {example}\n"
+    if groups:
+        text += f"\nchoices (group=one of):\n{groups}\n"
+    text += "  config=FILE merges a YAML file between the defaults and the words\n"
+    return text + f"\nkeys and defaults (??? must be given; docs in raysys/config.py):\n{_yaml(verb, words)}"
+
+
+def _yaml(verb: str, words: list[str]) -> str:
+    return OmegaConf.to_yaml(compose_config(verb, words, complete=False))
+
+
+def run(argv: list[str]) -> None:
+    """Do what the words say. :raises UserError: for a mistake in them."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("raysys"))
+        return
+    verb, words = argv[0], argv[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise UserError(f"unknown verb '{verb}'; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}"))
+    if "--help" in words or "-h" in words:
+        print(_verb_help(verb, [w for w in words if w not in ("--help", "-h")]))
+        return
+    if "--cfg" in words:
+        at = words.index("--cfg")
+        if words[at + 1 : at + 2] != ["job"]:
+            raise UserError("--cfg takes the word job")
+        print(_yaml(verb, words[:at] + words[at + 2 :]), end="")
+        return
+    flag = next((w for w in words if w.startswith("-")), None)
+    if flag:
+        raise UserError(f"unknown flag '{flag}'; there are --help and --cfg job")
+    cfg = compose_config(verb, words)
+    module, function = HELP[verb][0].split(":")
+    getattr(importlib.import_module(module), function)(cfg)
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    name = " ".join(["raysys", *argv[:1]]) if argv and argv[0] in VERBS else "raysys"
+    try:
+        run(argv)
+    except UserError as error:
+        cause = getattr(error, "cause", error)  # Ray wraps an error of a worker; its own text holds a traceback
+        message = " ".join(str(cause).split())
+        print(f"{name}: {message}", file=sys.stderr)
+        sys.exit(2)
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"{name}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same words take it up again", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""Every setting of every verb, with its default, its unit and its reason.
+
+In: nothing. Out: one dataclass per verb (``AnnotateConfig`` ... ``DemoConfig``), registered with hydra under the verb's name.
+Choices (``conf/ocr/fast.yaml`` and so on) override these defaults; :mod:`raysys.cli` composes the two with the user's words.
+The dataclasses are plain, not frozen (frozen ones break hydra's composition); change one with ``dataclasses.replace``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MISSING: Any = "???"  # OmegaConf's marker for "the user must say it"
+
+ENGINES = ("onnx", "paddle")
+EVALUATORS = ("imagenet", "coco", "retrieval", "imagenet_attr")
+PRECISIONS = ("fp32", "amp_bf16")
+
+
+@dataclass
+class CorpusConfig:
+    path: str = MISSING
+    """Folder, glob or brace list of WebDataset tars, local or on any fsspec filesystem (``s3://bucket/train-{00000..00099}.tar``)."""
+
+
+@dataclass
+class RayConfig:
+    num_cpus: int | None = None
+    """Logical CPUs of the local cluster; null counts the cores. Ignored when RAY_ADDRESS names a cluster."""
+    verbose: bool = False
+    """Show Ray's own log lines and progress bars."""
+
+
+@dataclass
+class OcrConfig:
+    """How a picture is looked at. Everything but the pool's size belongs to the fingerprint of the annotations."""
+
+    engine: str = "onnx"
+    """``onnx``: ONNX Runtime on the models below; ``paddle``: PaddleOCR's TextDetection and TextRecognition."""
+    model_dir: str | None = None
+    """Folder with ``det.onnx`` and ``rec.onnx``; null takes PP-OCRv4 mobile from the rapidocr-onnxruntime wheel."""
+    enlarge: float = 1.0
+    """Factor by which a picture is enlarged before detection (never past ``max_side_px``): small text needs it, at a price."""
+    max_side_px: int = 960
+    """Long side of the detector's input; larger pictures are shrunk to it. Measured: recall .96 on ICDAR 2015 (640: .80)."""
+    pixel_threshold: float = 0.3
+    """Text probability above which a pixel belongs to a region (PP-OCR's default)."""
+    store_score: float = 0.3
+    """Regions below this mean probability are not stored; policies may only ask for more."""
+    unclip_ratio: float = 1.5
+    """Growth of the shrunken text kernel, Vatti clipping: offset = area * ratio / perimeter (DB, arXiv:1911.08947, eq. 4)."""
+    recognize: bool = True
+    """Read every stored region. Without it a third of plain photographs would be called text (see README, limits)."""
+    max_regions: int = 200
+    """Regions stored of one picture, best score first; a page of a book has more and is decided long before."""
+    num_actors: int = 0
+    """OCR actors; 0 is one for each CPU of the cluster. One thread each: batching and threads only cost on a CPU."""
+    num_gpus_per_actor: float = 0.0
+    """Share of a GPU for each actor (needs onnxruntime-gpu)."""
+
+
+@dataclass
+class PolicyConfig:
+    """Which regions count (first four), then which samples go (last three). See :mod:`raysys.policy.policy`."""
+
+    name: str = "paper"
+    min_score: float = 0.6
+    """Smallest detection score of a counting region, 0..1."""
+    min_text_score: float = 0.5
+    """Smallest recognition score of a counting region: boxes alone throw good photographs away."""
+    min_text_chars: int = 2
+    """Fewest letters or digits read in a counting region."""
+    min_height_frac: float = 0.0
+    """Smallest height of a counting region as a share of the picture's height."""
+    max_regions: int | None = None
+    """Most counting regions of a kept sample; null is any number."""
+    max_text_area: float = 0.0
+    """Largest share of the picture that counting regions may cover. 0 is the paper's rule: no text region at all."""
+    max_caption_overlap: float = 1.0
+    """Largest share of the caption's words that may stand in the recognised text ("parrot captions", arXiv:2312.14232)."""
+
+
+@dataclass
+class AugmentConfig:
+    """Views of a sample. Pass p over the data uses view p mod factor; a view is a pure function of (seed, sample, view)."""
+
+    factor: int = 1
+    """Distinct views of every sample (the paper's augmentation factor); 0 draws a new view on every pass."""
+    crop_scale_min: float = 0.9
+    """Smallest share of the picture's area in a random resized crop (open_clip's default is .9); 1 switches it off."""
+    crop_ratio_max: float = 1.333
+    """Largest change of aspect in the crop (torchvision's default 4/3)."""
+    flip: float = 0.0
+    """Chance of a horizontal flip. Off by default: captions know left from right, and text mirrors."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter: each factor is uniform in [1 - s, 1 + s]."""
+    gray: float = 0.0
+    """Chance of a grey picture."""
+    erase: float = 0.0
+    """Chance that a random rectangle (2-20 % of the picture) is filled with noise."""
+    caption: str = "random"
+    """Which of several captions a view gets: ``random`` or ``first``."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW as in open_clip: no weight decay on gains, biases and the logit scale."""
+
+    lr: float = 5e-4
+    weight_decay: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    warmup_steps: int = 100
+    """Steps of linear warm-up; then cosine to 0."""
+    grad_clip_norm: float | None = None
+
+
+@dataclass
+class LoopConfig:
+    """The budget is steps: it depends neither on the filter nor on ``augment.factor``."""
+
+    steps: int = MISSING
+    """Optimisation steps."""
+    precision: str = "amp_bf16"
+    """``amp_bf16`` (GPU, and CPUs with AMX: 3.6 times faster) or ``fp32``."""
+    channels_last: bool = True
+    """Memory format of pictures and weights; convolutions are faster so."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints; one more at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    decode_threads: int = 2
+    """Threads of each worker that read, decode and augment; they share memory with the step, nothing is pickled."""
+    prefetch_batches: int = 4
+    """Batches that wait ready for a step."""
+    max_failures: int = 3
+    """Worker deaths that a run survives before it stops."""
+
+
+@dataclass
+class TrainConfig:
+    output: str = MISSING
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    annotations: str | None = None
+    """Annotations of the corpus; with ``policy`` they decide what is kept."""
+    selection: str | None = None
+    """A selection written by ``raysys filter``, instead of annotations and policy."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    model: str = MISSING
+    """An open_clip name, a model of conf/models, a JSON config file, ``local-dir:DIR`` or a run folder."""
+    pretrained: str = "random"
+    """Start from: ``random``, an open_clip tag or a file."""
+    global_batch: int = 256
+    """Samples of one step over all workers; CLIP contrasts within it."""
+    num_workers: int = 1
+    """Training processes (one GPU each where ``use_gpu``)."""
+    use_gpu: bool = False
+    seed: int = 0
+    train: LoopConfig = field(default_factory=LoopConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass
+class AnnotateConfig:
+    output: str = MISSING
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    ocr: OcrConfig = field(default_factory=OcrConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass
+class FilterConfig:
+    output: str = MISSING
+    annotations: str = MISSING
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    shards: str | None = None
+    """Also write the kept samples as WebDataset shards into this folder."""
+
+
+@dataclass
+class ClassSetConfig:
+    """A labelled set for zero-shot classification."""
+
+    path: str | None = None
+    """Folder with one folder of pictures a class (WNIDs for ImageNet), or what ``raysys attack`` wrote."""
+    classes: str | None = None
+    """JSON file {folder name: class name}; null is ImageNet's 1,000."""
+    templates: str = "openai"
+    """``openai`` (80 templates), ``simple`` ("a photo of a {}.") or a text file, one template with {} a line."""
+
+
+@dataclass
+class RetrievalSetConfig:
+    path: str | None = None
+    """A WebDataset tar (captions in .json ``captions`` or .txt, one a line) or COCO's folder (annotations/captions_val2017.json)."""
+
+
+@dataclass
+class AttackSettings:
+    classes: str = MISSING
+    """JSON file {"written_class": [index for each class]} or the word ``random`` (drawn from ``seed``). Never chosen silently."""
+    seed: int = 0
+    font: str | None = None
+    """TrueType file (the authors: Arial Unicode); null takes DejaVu Sans from the matplotlib wheel. The manifest names it."""
+    font_px: int = 50
+    """Size of the letters (the authors': 50, on the picture's original size)."""
+    x_px: int = 50
+    y_px: int = 50
+    color: list[int] = field(default_factory=lambda: [255, 0, 0])
+
+
+@dataclass
+class AttackConfig:
+    output: str = MISSING
+    imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
+    attack: AttackSettings = field(default_factory=AttackSettings)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    output: str = MISSING
+    model: str = MISSING
+    pretrained: str | None = None
+    """open_clip's tag, a file, or the word ``random``; not needed for run folders and ``local-dir:``."""
+    evaluators: list[str] = MISSING
+    """Some of imagenet, coco, retrieval, imagenet_attr."""
+    imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
+    imagenet_attr: ClassSetConfig = field(default_factory=ClassSetConfig)
+    coco: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
+    retrieval: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
+    batch_size: int = 64
+    num_gpus: float = 0.0
+    """Share of a GPU for the evaluator."""
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass
+class SweepConfig(TrainConfig):
+    space: str = MISSING
+    """Name in conf/space or a YAML file: dotted key of the train config -> list of values."""
+    num_samples: int = 1
+    """How often the grid is repeated (with seeds ``seed``, ``seed + 1``, ...)."""
+    max_concurrent: int = 1
+    evaluators: list[str] = MISSING
+    imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
+    imagenet_attr: ClassSetConfig = field(default_factory=ClassSetConfig)
+    coco: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
+    retrieval: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
+    batch_size: int = 64
+    num_gpus: float = 0.0
+    """Share of a GPU for the evaluator that all trials share."""
+
+
+@dataclass
+class ReportConfig:
+    path: str = MISSING
+    """Any output folder of raysys; ``raysys report PATH`` writes PATH/report.html."""
+
+
+@dataclass
+class DemoConfig:
+    output: str = MISSING
+    num_scenes: int = 12_000
+    text_share: float = 0.6
+    """Share of the scenes that carry text; half of these carry nothing else."""
+    model: str = "resnet10t-64"
+    num_workers: int = 2
+    global_batch: int = 128
+    seed: int = 0
+    ocr: OcrConfig = field(default_factory=OcrConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+VERBS: dict[str, type] = {
+    "annotate": AnnotateConfig,
+    "filter": FilterConfig,
+    "train": TrainConfig,
+    "attack": AttackConfig,
+    "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
+    "report": ReportConfig,
+    "demo": DemoConfig,
+}
+"""Verb -> schema, in the order of the pipeline."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{key}={value} is not one of {', '.join(choices)}")
+
+
+def _positive(key: str, value: float) -> None:
+    _require(value > 0, f"{key}={value} must be greater than 0")
+
+
+def _share(key: str, value: float) -> None:
+    _require(0 <= value <= 1, f"{key}={value} must lie in 0..1")
+
+
+def check_ocr(ocr: OcrConfig) -> None:
+    _one_of("ocr.engine", ocr.engine, ENGINES)
+    for key in ("pixel_threshold", "store_score", "num_gpus_per_actor"):
+        _share(f"ocr.{key}", getattr(ocr, key))
+    for key in ("enlarge", "max_side_px", "unclip_ratio", "max_regions"):
+        _positive(f"ocr.{key}", getattr(ocr, key))
+    _require(ocr.max_side_px % 32 == 0, f"ocr.max_side_px={ocr.max_side_px} must be a multiple of 32")
+    _require(ocr.num_actors >= 0, f"ocr.num_actors={ocr.num_actors} must not be negative")
+
+
+def check_policy(policy: PolicyConfig) -> None:
+    for key in ("min_score", "min_text_score", "min_height_frac", "max_text_area", "max_caption_overlap"):
+        _share(f"policy.{key}", getattr(policy, key))
+    _require(policy.min_text_chars >= 0, f"policy.min_text_chars={policy.min_text_chars} must not be negative")
+    _require(policy.max_regions is None or policy.max_regions >= 0, f"policy.max_regions={policy.max_regions} must not be negative")
+
+
+def check_augment(augment: AugmentConfig) -> None:
+    _require(augment.factor >= 0, f"augment.factor={augment.factor} must not be negative (0 draws a new view on every pass)")
+    for key in ("crop_scale_min", "flip", "color_jitter", "gray", "erase"):
+        _share(f"augment.{key}", getattr(augment, key))
+    _positive("augment.crop_scale_min", augment.crop_scale_min)
+    _require(augment.crop_ratio_max >= 1, f"augment.crop_ratio_max={augment.crop_ratio_max} must be at least 1")
+    _one_of("augment.caption", augment.caption, ("random", "first"))
+
+
+def check_recipe(cfg: TrainConfig | DemoConfig) -> None:
+    """What train, sweep and demo share."""
+    for key in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "decode_threads", "prefetch_batches"):
+        _positive(f"train.{key}", getattr(cfg.train, key))
+    _one_of("train.precision", cfg.train.precision, PRECISIONS)
+    for key in ("lr", "eps"):
+        _positive(f"optim.{key}", getattr(cfg.optim, key))
+    for key in ("weight_decay", "warmup_steps"):
+        _require(getattr(cfg.optim, key) >= 0, f"optim.{key}={getattr(cfg.optim, key)} must not be negative")
+    check_augment(cfg.augment)
+    _positive("global_batch", cfg.global_batch)
+    _positive("num_workers", cfg.num_workers)
+    batch, workers = cfg.global_batch, cfg.num_workers
+    nearest = max(batch // workers, 1) * workers
+    _require(batch % workers == 0, f"global_batch={batch} is not a multiple of num_workers={workers}; try {nearest}")
+
+
+def check_evaluators(cfg: EvaluateConfig | SweepConfig) -> None:
+    _require(len(cfg.evaluators) > 0, f"evaluators is empty; choose from {', '.join(EVALUATORS)}")
+    for name in cfg.evaluators:
+        _one_of("evaluators", name, EVALUATORS)
+        _require(getattr(cfg, name).path is not None, f"evaluator {name} needs {name}.path=...")
+    _positive("batch_size", cfg.batch_size)
+
+
+def check(cfg: Any) -> None:
+    """Refuse impossible values. :raises ValueError: with one line that names the key and the mend."""
+    if hasattr(cfg, "ocr"):
+        check_ocr(cfg.ocr)
+    if hasattr(cfg, "policy"):
+        check_policy(cfg.policy)
+    if isinstance(cfg, TrainConfig | DemoConfig):
+        check_recipe(cfg)
+    if isinstance(cfg, EvaluateConfig | SweepConfig):
+        check_evaluators(cfg)
+    if isinstance(cfg, TrainConfig):
+        _require(
+            cfg.annotations is None or cfg.selection is None,
+            "annotations and selection are both given; a selection knows its annotations, leave one out",
+        )
+    if isinstance(cfg, SweepConfig):
+        _positive("num_samples", cfg.num_samples)
+        _positive("max_concurrent", cfg.max_concurrent)
+    if isinstance(cfg, AttackConfig):
+        _require(cfg.imagenet.path is not None, "attack needs imagenet.path=FOLDER, one folder of pictures a class")
+        color = cfg.attack.color
+        _require(
+            len(color) == 3 and all(0 <= c <= 255 for c in color),
+            f"attack.color={color} must be three numbers 0..255 (red, green, blue)",
+        )
+        _positive("attack.font_px", cfg.attack.font_px)
+    if isinstance(cfg, DemoConfig):
+        _require(cfg.num_scenes >= 1000, f"demo: num_scenes={cfg.num_scenes} must be at least 1000")
+        _share("text_share", cfg.text_share)
+
+
+def config_dir() -> str:
+    """Folder of the choices: inside the installed package, or ``conf/`` of the checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return str(packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf")
+
+
+def choices(group: str) -> list[str]:
+    """Names in a group of ``conf/``."""
+    return sorted(file.stem for file in (Path(config_dir()) / group).glob("*.yaml"))

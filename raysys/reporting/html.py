@@ -1,0 +1,530 @@
+"""``raysys report PATH``: one self-contained page about any output folder.
+
+In: a folder that a verb wrote (told by settings.json's "verb"). Out: PATH/report.html. The module reads as it works: load the
+folder, turn it into sections (one function a verb, the demo composes the others'), render page.html.j2 with autoescape on.
+Nothing on the page asks for anything outside it; a missing optional file is said in its section. Leaves plots to
+:mod:`raysys.reporting.plots`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+from urllib.parse import unquote
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from raysys.config import PolicyConfig, ReportConfig, TrainConfig, choices, config_dir
+from raysys.corpus.images import decode
+from raysys.policy.policy import judge
+from raysys.reporting import plots
+from raysys.storage import (
+    UserError,
+    absolute,
+    exists,
+    identity,
+    join,
+    list_files,
+    mask,
+    open_fs,
+    read_bytes,
+    read_json,
+    write_bytes,
+)
+from raysys.training.metrics import read_metrics
+
+MAX_ROWS = 20_000
+"""Rows of annotations that a page looks at; the counts of the manifest are of all."""
+MAX_PICTURES = 12
+"""Pictures of a group."""
+PICTURE_PX = 320
+"""Long side of a picture on the page."""
+RETRIEVAL = [f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)]
+AUTHORS = "Rows with a star: the authors' figures on all 50,000 validation pictures, 80 prompts; compare on the same pictures only."
+REFERENCES: dict[str, tuple[str, list[str], dict[str, list[float]]]] = {
+    # dataset -> (source, metrics, model -> percent); figures on other pictures are not comparable, so it is said beside them
+    "imagenet": (AUTHORS, ["acc1"], {
+        "OpenAI CLIP B/16, 400M": [68.35], "OpenCLIP B/16 (laion400m_e32), 400M": [66.99],
+        "authors' CLIP B/16, 1.1B": [68.66], "authors' filter-based CLIP B/16, 0.7B": [70.77],
+    }),
+    "imagenet_attr": (AUTHORS, ["acc1"], {
+        "OpenAI CLIP B/16, 400M": [31.65], "OpenCLIP B/16 (laion400m_e32), 400M": [29.55],
+        "authors' CLIP B/16, 1.1B": [35.73], "authors' filter-based CLIP B/16, 0.7B": [68.78],
+    }),
+    "coco": ("Rows with a star: open_clip's models on mscoco_captions, the Karpathy 5k split of val2014; val2017 is another set.",
+        RETRIEVAL, {
+        "B/16 openai": [33.09, 58.42, 68.99, 52.42, 76.70, 84.62], "B/32 openai": [30.44, 55.94, 66.87, 50.12, 75.00, 83.52],
+        "B/16 laion400m_e32": [38.35, 63.62, 73.86, 55.42, 79.64, 86.88],
+        "B/16 datacomp_xl": [40.16, 65.95, 75.62, 57.44, 80.86, 88.30],
+    }),
+}  # fmt: skip
+
+
+# ---- what a page is made of -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Region:
+    points: str
+    """Corners as "x,y x,y ..." in fractions of width and height: SVG's polygon in a viewBox of 0 0 1 1."""
+    label: str
+
+
+@dataclass
+class Picture:
+    src: str
+    """``data:`` URI; empty where the picture could not be read, then a line says why."""
+    lines: list[str]
+    regions: list[Region] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    head: list[str]
+    rows: list[list[Any]]
+    marked: set[int] = field(default_factory=set)
+    """Rows to show in bold."""
+
+
+@dataclass
+class Section:
+    title: str
+    notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    plots: list[plots.Plot] = field(default_factory=list)
+    groups: list[tuple[str, list[Picture]]] = field(default_factory=list)
+    slider: list[tuple[str, int, str]] = field(default_factory=list)
+    """(threshold, number kept, share kept) for each stop."""
+    text: str = ""
+
+
+@dataclass
+class Folder:
+    path: str
+    verb: str
+    settings: dict[str, Any]
+    manifest: dict[str, Any]
+    """Empty while the work is not finished."""
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return self.manifest.get("counts", {})
+
+
+# ---- load -------------------------------------------------------------------------------------------------------------
+
+
+def load_folder(path: str) -> Folder:
+    """:raises UserError: where the folder is missing or no verb of raysys wrote it."""
+    if not exists(join(path, "settings.json")):
+        raise UserError(f"{mask(path)}: not a folder of raysys (no settings.json there); give the output of a verb")
+    settings = read_json(join(path, "settings.json"))
+    verb = settings.get("verb") if isinstance(settings, dict) else None
+    if verb not in SECTIONS:
+        raise UserError(
+            f"{mask(path)}: settings.json names no verb of raysys (verb={verb}); give the output of {', '.join(SECTIONS)}"
+        )
+    manifest = read_json(join(path, "manifest.json")) if exists(join(path, "manifest.json")) else {}
+    return Folder(path, verb, settings.get("settings") or {}, manifest)
+
+
+def read_rows(folder: str, columns: list[str]) -> tuple[pa.Table | None, str]:
+    """The first MAX_ROWS rows of a folder of Parquet files, and a note on what was left out; None where there are none.
+
+    A column ``identity`` is added: size and time of the shard that a row was made of.
+    """
+    try:
+        root, names = list_files(folder, ".parquet")
+    except UserError as error:
+        return None, f"Nothing to show: {error}."
+    batches: list[pa.RecordBatch] = []
+    read = 0
+    for name in names:
+        fs, inner = open_fs(join(root, name))
+        with fs.open(inner) as file:
+            parquet = pq.ParquetFile(file)
+            made_of = (parquet.schema_arrow.metadata or {}).get(b"raysys.identity", b"").decode()
+            for batch in parquet.iter_batches(columns=columns):
+                batch = batch.slice(0, MAX_ROWS - read)
+                batches.append(batch.append_column("identity", pa.array([made_of] * batch.num_rows)))
+                read += batches[-1].num_rows
+                if read == MAX_ROWS:
+                    return pa.Table.from_batches(batches), f"Pictures and plots look at the first {MAX_ROWS:,} rows only."
+    return (pa.Table.from_batches(batches), "") if read else (None, "Nothing to show: the files hold no rows.")
+
+
+def read_parquet(path: str) -> list[dict[str, Any]]:
+    return pq.read_table(io.BytesIO(read_bytes(path))).to_pylist()
+
+
+def series_of(run: str) -> dict[str, tuple[list[float], list[float]]]:
+    """A run's metrics.jsonl -> metric -> (steps, values)."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_metrics(run):
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return series
+
+
+def picture(data: Callable[[], bytes], lines: list[str], regions: Iterable[Region] = ()) -> Picture:
+    """A small JPEG as a data: URI; where it cannot be read, a line says why."""
+    try:
+        image = Image.fromarray(decode(data(), min_side_px=PICTURE_PX).pixels)
+    except (OSError, ValueError) as error:
+        return Picture("", [*lines, f"(picture not shown: {mask(str(error))})"])
+    image.thumbnail((PICTURE_PX, PICTURE_PX))
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=80)
+    return Picture("data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(), lines, list(regions))
+
+
+def sample_picture(row: dict[str, Any], corpus_root: str) -> Picture:
+    """A row of annotations with its caption and regions, read from the original shard at (offset, size)."""
+    regions = []
+    for region in row["regions"] or []:
+        corners = list(zip(region["polygon"][::2], region["polygon"][1::2], strict=True))
+        text = f"“{region['text']}” {region['text_score'] or 0:.2f}" if region["text"] else "nothing read"
+        label = f"{text}, box {region['score']:.2f}, {region['area']:.1%}"
+        regions.append(Region(" ".join(f"{x:.4f},{y:.4f}" for x, y in corners), label))
+
+    def data() -> bytes:
+        if row["offset"] < 0:
+            raise ValueError("its format has no byte ranges")
+        shard = join(corpus_root, unquote(row["shard"]))
+        if row["identity"] and row["identity"] != identity(shard):
+            raise ValueError("its shard has changed since it was annotated")
+        fs, inner = open_fs(shard)
+        return fs.cat_file(inner, start=row["offset"], end=row["offset"] + row["size"])
+
+    captions = row["caption"] or ["(no caption)"]
+    found = row["error"] or (f"regions cover {row['text_area']:.1%}" if regions else "no region")
+    return picture(data, [captions[0], f"{row['key']} · {found}"], regions)
+
+
+# ---- sections ---------------------------------------------------------------------------------------------------------
+
+ANNOTATION_COLUMNS = ["shard", "index", "key", "offset", "size", "caption", "regions", "text_area", "error"]
+
+
+def counts_table(folder: Folder) -> list[Table]:
+    """The manifest's plain counts; none while the work is not finished."""
+    rows = [[k.replace("_", " "), v] for k, v in folder.counts.items() if not isinstance(v, dict)]
+    return [Table(["", "number"], rows)] if rows else []
+
+
+def shares(counts: dict[str, int], total: int) -> list[list[Any]]:
+    """Rows of name, count and share, the largest first."""
+    return [[name, n, f"{n / max(total, 1):.1%}"] for name, n in sorted(counts.items(), key=lambda item: -item[1])]
+
+
+def named_policy(name: str) -> PolicyConfig:
+    return PolicyConfig(**yaml.safe_load(read_bytes(join(config_dir(), "policy", f"{name}.yaml"))))
+
+
+def annotate_sections(folder: Folder) -> list[Section]:
+    table, note = read_rows(join(folder.path, "shards"), ANNOTATION_COLUMNS)
+    counts = folder.counts
+    total = counts.get("samples", 0)
+    numbers = Section("What was seen", [note] if note else [], counts_table(folder))
+    errors = counts.get("errors") or {}
+    errors_section = Section("Samples without a look", [] if errors else ["None: every picture was looked at."] if total else [])
+    errors_section.notes += [f"Damaged shard {name}: {why}" for name, why in (counts.get("damaged_shards") or {}).items()]
+    errors_section.tables += [Table(["reason", "samples", "share"], shares(errors, total))] if errors else []
+    if table is None:
+        return [numbers, errors_section]
+    seen = table.filter(pc.is_null(table["error"]))
+    area = np.asarray(seen["text_area"].to_numpy(), dtype=float)
+    regions = seen["regions"].combine_chunks().flatten()
+    scores = {"box": regions.field("score"), "text": regions.field("text_score")}
+    numbers.plots = [
+        plots.histogram(
+            "Text area of the pictures that have text", "share of the picture", {"text area": area[area > 0]}, share=True
+        ),
+        plots.histogram(
+            "Scores of the regions", "score", {k: v.drop_null().to_numpy(zero_copy_only=False) for k, v in scores.items()}
+        ),
+    ]
+    by_policy = {name: judge(table, named_policy(name))["keep"] for name in choices("policy")}
+    numbers.tables.append(
+        Table(["policy", "kept", "share"], shares({k: pc.sum(keep).as_py() for k, keep in by_policy.items()}, table.num_rows))
+    )
+    stops = np.linspace(0, 1, 51) ** 2  # finer where it matters: most text is small
+    kept = [pc.sum(judge(table, PolicyConfig(max_text_area=float(stop)))["keep"]).as_py() for stop in stops]
+    rates = [n / table.num_rows for n in kept]
+    threshold = Section(
+        "Share kept for each policy.max_text_area",
+        ["Everything else in the policy is at its default."],
+        plots=[plots.lines("Share kept", "policy.max_text_area", {"kept": (stops.tolist(), rates)}, share=True)],
+        slider=[(f"{stop:.2%}", n, f"{rate:.1%}") for stop, n, rate in zip(stops, kept, rates, strict=True)],
+    )
+    order = np.argsort(area, kind="stable")
+    with_text, without = order[area[order] > 0], order[area[order] == 0]
+    chosen = {
+        "With text, the least first": with_text[:MAX_PICTURES],
+        "With text, the most first": with_text[MAX_PICTURES:][::-1][:MAX_PICTURES],
+        "Without text": without[np.linspace(0, len(without) - 1, min(MAX_PICTURES, len(without))).astype(int)],
+    }
+    root = folder.settings.get("corpus", {}).get("root", "")
+    seen_pictures = Section("Pictures", groups=[
+        (title, [sample_picture(row, root) for row in seen.take(rows).to_pylist()]) for title, rows in chosen.items() if len(rows)
+    ])  # fmt: skip
+    return [numbers, threshold, seen_pictures, errors_section]
+
+
+def filter_sections(folder: Folder, annotations: str | None = None) -> list[Section]:
+    """:param annotations: where the annotations lie now; None takes the path of the settings."""
+    kept, total = folder.counts.get("kept", 0), folder.counts.get("samples", 0)
+    reasons = {"kept": kept, **{k: v for k, v in (folder.counts.get("reasons") or {}).items() if k != "kept"}}
+    counts = Section(f"Kept {kept:,} of {total:,}" if total else "Kept and dropped")
+    if total:
+        counts.tables = [Table(["reason", "samples", "share"], shares(reasons, total))]
+        counts.plots = [plots.bars("Samples by reason", reasons)]
+    selection, note = read_rows(join(folder.path, "selection"), ["shard", "index", "keep", "reason"])
+    source = annotations or folder.settings.get("annotations") or ""
+    seen, seen_note = read_rows(join(source, "shards"), ANNOTATION_COLUMNS)
+    pictures = Section("Kept and dropped pictures, borderline ones first", [n for n in dict.fromkeys((note, seen_note)) if n])
+    if selection is None or seen is None:
+        return [counts, pictures]
+    root = load_folder(source).settings.get("corpus", {}).get("root", "")
+    row_of = {where: i for i, where in enumerate(zip(seen["shard"].to_pylist(), seen["index"].to_pylist(), strict=True))}
+    area = np.nan_to_num(seen["text_area"].to_numpy().astype(float))
+    by_reason: dict[str, list[int]] = {}
+    for verdict in selection.to_pylist():
+        row = row_of.get((verdict["shard"], verdict["index"]))
+        if row is not None:
+            by_reason.setdefault("kept" if verdict["keep"] else verdict["reason"] or "dropped", []).append(row)
+    for reason, rows in sorted(by_reason.items(), key=lambda item: (item[0] != "kept", -len(item[1]))):
+        # borderline: kept although there is much text, dropped although there is little
+        nearest = sorted(rows, key=lambda row: -area[row] if reason == "kept" else area[row])[:MAX_PICTURES]
+        pictures.groups.append((reason, [sample_picture(row, root) for row in seen.take(nearest).to_pylist()]))
+    return [counts, pictures]
+
+
+def training_section(runs: dict[str, str]) -> Section:
+    """:param runs: name -> run folder; each metric is one plot with a line for each run."""
+    section = Section("Training")
+    metrics: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for name, run in runs.items():
+        if not exists(join(run, "metrics.jsonl")):
+            section.notes.append(f"No metrics of {name}: metrics.jsonl is missing.")
+            continue
+        for metric, series in series_of(run).items():
+            metrics.setdefault(metric, {})[name] = series
+    section.plots = [plots.lines(metric.replace("_", " "), "step", series) for metric, series in metrics.items()]
+    return section
+
+
+def train_sections(folder: Folder) -> list[Section]:
+    return [Section("The run", tables=counts_table(folder)), training_section({"run": folder.path})]
+
+
+def percent(metric: str, value: Any) -> Any:
+    is_share = isinstance(value, float) and any(word in metric for word in ("acc", "recall", "success", "share", "drop"))
+    return f"{value:.2%}" if is_share else value
+
+
+def results_sections(folder: str) -> list[Section]:
+    """One table a data set: the models evaluated here, then the reference rows where there are some."""
+    try:
+        root, names = list_files(join(folder, "results"), ".json")
+    except UserError as error:
+        return [Section("Results", [f"Nothing to show: {error}."])]
+    by_dataset: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        result = read_json(join(root, name))
+        by_dataset.setdefault(result["dataset"], []).append(result)
+    sections = []
+    for dataset, results in sorted(by_dataset.items()):
+        source, metrics, reference = REFERENCES.get(dataset.removesuffix("_val2017"), ("", [], {}))
+        head = list(dict.fromkeys([*metrics, *(m for r in results for m, v in r["metrics"].items() if isinstance(v, int | float))]))
+        rows = [[r["model"], r["pretrained"], *(percent(m, r["metrics"].get(m)) for m in head)] for r in results]
+        for model, values in reference.items():
+            known = dict(zip(metrics, values, strict=True))
+            rows.append([f"* {model}", "", *(f"{known[m]:.2f}%" if m in known else None for m in head)])
+        table = Table(["model", "pretrained", *head], rows, marked=set(range(len(results))))
+        sections.append(Section(dataset, [source] if source else [], [table]))
+    return sections
+
+
+def class_names(attack: str) -> list[str]:
+    """Names by class index: those of the attacked set's own list, else ImageNet's."""
+    if exists(join(attack, "classes.json")):
+        return list(read_json(join(attack, "classes.json")).values())
+    import open_clip  # seconds; only here
+
+    return list(open_clip.IMAGENET_CLASSNAMES)
+
+
+def attacked_section(attack: str, models: dict[str, str]) -> Section:
+    """Some attacked pictures, evenly spaced over the set, with what each model answered.
+
+    :param models: name -> its folder of evaluation; without a file of predictions the pictures stand alone.
+    """
+    section = Section("Attacked pictures")
+    if not exists(join(attack, "attack.parquet")):
+        section.notes.append(f"Nothing to show: {mask(attack)} has no attack.parquet.")
+        return section
+    rows = read_parquet(join(attack, "attack.parquet"))
+    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, folder in models.items():
+        file = join(folder, "predictions", "imagenet_attr.parquet")
+        if exists(file):
+            answers[name] = {row["picture"]: row for row in read_parquet(file)}
+        else:
+            section.notes.append(f"No answers of {name}: predictions/imagenet_attr.parquet is missing.")
+    names = class_names(attack) if rows and isinstance(rows[0]["true_class"], int) else []
+
+    def called(label: Any) -> str:
+        return names[label] if isinstance(label, int) and label < len(names) else str(label)
+
+    shown = []
+    for i in np.linspace(0, len(rows) - 1, min(MAX_PICTURES, len(rows))).astype(int):
+        row = rows[i]
+        lines = [f"shows {called(row['true_class'])}", f"says “{row['text']}”"]
+        for name, answered in answers.items():
+            if row["picture"] in answered:
+                answer = answered[row["picture"]]
+                said = answer["predicted_class"]
+                verdict = "✓" if said == answer["true_class"] else "✗ read it" if said == answer["written_class"] else "✗"
+                lines.append(f"{name}: {called(said)} {verdict}")
+        shown.append(picture(lambda where=row["picture"]: read_bytes(join(attack, where)), lines))  # type: ignore[misc]
+    section.groups = [(f"{len(shown)} of {len(rows):,}, evenly spaced", shown)]
+    if rows:
+        facts = [[k, rows[0][k]] for k in ("font", "font_px", "color", "x_px", "y_px") if k in rows[0]]
+        section.tables = [Table(["drawn with", ""], facts)]
+    return section
+
+
+def evaluate_sections(folder: Folder) -> list[Section]:
+    sections = results_sections(folder.path)
+    attack = (folder.settings.get("imagenet_attr") or {}).get("path")
+    model = str(folder.settings.get("model", "the model")).rstrip("/").rsplit("/", 1)[-1]
+    return sections + ([attacked_section(attack, {model: folder.path})] if attack else [])
+
+
+def attack_sections(folder: Folder) -> list[Section]:
+    return [Section("The set", tables=counts_table(folder)), attacked_section(folder.path, {})]
+
+
+def sweep_sections(folder: Folder) -> list[Section]:
+    if not exists(join(folder.path, "results.parquet")):
+        return [Section("Trials", ["Nothing to show yet: results.parquet is missing; the sweep has not ended."])]
+    trials = read_parquet(join(folder.path, "results.parquet"))
+    front = set(read_json(join(folder.path, "front.json"))) if exists(join(folder.path, "front.json")) else set()
+    columns = list(trials[0]) if trials else []
+    objectives = [c for c in columns if "/" in c]
+    settable = {f.name for f in fields(TrainConfig)}
+    swept = [c for c in columns if c not in objectives and c.split(".")[0] in settable and len({str(t[c]) for t in trials}) > 1]
+    rows = [["★" if t["trial"] in front else "", *(percent(c, t[c]) for c in columns)] for t in trials]
+    table = Table(["front", *columns], rows, marked={i for i, t in enumerate(trials) if t["trial"] in front})
+    section = Section(
+        "Trials", ["A star marks the front: no other trial is at least as good in everything and better in something."], [table]
+    )
+    for objective in objectives:
+        points: dict[str, tuple[list[float], list[float]]] = {"others": ([], []), "front": ([], [])}
+        for t in trials:
+            if t[objective] is not None and t.get("kept_share") is not None:
+                x, y = points["front" if t["trial"] in front else "others"]
+                x.append(t["kept_share"])
+                y.append(t[objective])
+        section.plots.append(plots.scatter(objective, "share of the corpus kept", points))
+    if len(swept) == 2:
+        cells: dict[tuple[str, str], list[float]] = {}
+        for t in trials:
+            if t.get("score") is not None:
+                cells.setdefault((str(t[swept[0]]), str(t[swept[1]])), []).append(t["score"])
+        means = {key: sum(values) / len(values) for key, values in cells.items()}
+        section.plots += [plots.heat_map("Score", swept[0], swept[1], means)] if means else []
+    best = join(folder.path, "best.yaml")
+    text = read_bytes(best).decode() if exists(best) else ""
+    return [section, Section("Best point (best.yaml)", [] if text else ["No best.yaml: no trial ended well."], text=text)]
+
+
+def demo_sections(folder: Folder) -> list[Section]:
+    first = Section("Does the filter help?")
+    if exists(join(folder.path, "results.json")):
+        results = read_json(join(folder.path, "results.json"))
+        raw, filtered = results["raw"], results["filtered"]
+        rows = [[k, f"{raw[k]:.1%}", f"{filtered[k]:.1%}", f"{100 * (filtered[k] - raw[k]):+.1f}"] for k in raw if k in filtered]
+        first.tables = [Table(["", "raw: trained on everything", "filtered: on what was kept", "difference in points"], rows)]
+        series = {"raw": raw, "filtered": filtered}
+        first.plots = [plots.grouped_bars("Both models", {k: {s: v[k] for s, v in series.items()} for k in raw if k in filtered})]
+        detector = results.get("text_detector") or {}
+        first.tables += [
+            Table(["text filter against the truth", ""], [[k.replace("_", " "), f"{v:.1%}"] for k, v in detector.items()])
+        ]
+    else:
+        first.notes.append("No results yet: results.json is missing; the demo has not ended.")
+    sections = [first]
+    if exists(join(folder.path, "selection", "settings.json")):
+        sections += filter_sections(load_folder(join(folder.path, "selection")), join(folder.path, "annotations"))
+    sections.append(training_section({name: join(folder.path, name) for name in ("raw", "filtered")}))
+    models = {name: join(folder.path, "evaluation", name) for name in ("raw", "filtered")}
+    return [*sections, attacked_section(join(folder.path, "attacked"), models)]
+
+
+SECTIONS: dict[str, Callable[[Folder], list[Section]]] = {
+    "annotate": annotate_sections,
+    "filter": filter_sections,
+    "train": train_sections,
+    "evaluate": evaluate_sections,
+    "attack": attack_sections,
+    "sweep": sweep_sections,
+    "demo": demo_sections,
+}
+
+
+# ---- render -----------------------------------------------------------------------------------------------------------
+
+
+def made_with(folder: Folder) -> Section:
+    """Settings, times and versions, last on every page."""
+    facts = {k: v for k, v in folder.manifest.items() if k not in ("counts", "verb", "versions")} | folder.manifest.get(
+        "versions", {}
+    )
+    rows = [[k.replace("_", " "), v if isinstance(v, str | int | float | None) else json.dumps(v)] for k, v in facts.items()]
+    settings = json.dumps(folder.settings, indent=2, ensure_ascii=False)
+    return Section("How it was made", tables=[Table(["", ""], rows)] if rows else [], text=mask(settings))
+
+
+def show(value: Any) -> str:
+    """A cell: thousands separated, four digits of a fraction, nothing as a dash."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def report(path: str) -> str:
+    """Write PATH/report.html and return its path. :raises UserError: where PATH is no output of raysys."""
+    folder = load_folder(absolute(path))
+    sections = [*SECTIONS[folder.verb](folder), made_with(folder)]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raysys.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["show"] = show
+    page = environment.get_template("page.html.j2").render(
+        folder=folder, place=mask(folder.path), sections=sections, nonce=secrets.token_urlsafe(16)
+    )
+    target = join(folder.path, "report.html")
+    write_bytes(target, page.encode())
+    return target
+
+
+def report_verb(cfg: ReportConfig) -> None:
+    """``raysys report PATH``."""
+    print(f"result: {report(cfg.path)}")

@@ -1,0 +1,106 @@
+"""What several tests share: tars of small pictures, and one Ray for those tests that ask for it (never autouse)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Members = list[tuple[str, bytes]]
+
+
+def jpeg(image: np.ndarray | Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def noise_jpeg(seed: int, side: int = 64) -> bytes:
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return jpeg(Image.fromarray(small).resize((side, side)))
+
+
+def text_jpeg(text: str, size: tuple[int, int] = (320, 160), font_px: int = 40) -> bytes:
+    image = Image.new("RGB", size, (240, 240, 230))
+    ImageDraw.Draw(image).text((20, size[1] // 3), text, fill=(20, 20, 60), font=ImageFont.load_default(font_px))
+    return jpeg(image)
+
+
+def write_tar(path: Path, members: Members) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key: str, image: bytes | None, caption: str | None = "a thing", captions: list[str] | None = None) -> Members:
+    members: Members = [] if image is None else [(f"{key}.jpg", image)]
+    if caption is not None:
+        members.append((f"{key}.txt", caption.encode()))
+    if captions is not None:
+        members.append((f"{key}.json", json.dumps({"captions": captions}).encode()))
+    return members
+
+
+@pytest.fixture
+def small_corpus(tmp_path: Path) -> Path:
+    """Two shards of 12 plain pictures, two with text and one that is broken."""
+    for shard in range(2):
+        members: Members = []
+        for i in range(12):
+            members += sample(f"{shard}{i:03d}", noise_jpeg(shard * 100 + i), f"picture {shard} {i}")
+        members += sample(f"{shard}900", text_jpeg("BIG SALE"), "a big sale")
+        members += sample(f"{shard}901", text_jpeg("HELLO WORLD"), "a landscape")
+        members += sample(f"{shard}902", b"<html>not found</html>", "a broken link")
+        write_tar(tmp_path / "corpus" / f"train-{shard:05d}.tar", members)
+    return tmp_path / "corpus"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that ask for it."""
+    import ray
+
+    from raysys.cluster import ray_session
+    from raysys.config import RayConfig
+
+    with ray_session(RayConfig(num_cpus=2)):
+        assert ray.is_initialized()
+        yield
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call the command line in this process: (status, stdout, stderr)."""
+    import sys
+
+    from raysys import cli
+
+    def call(*words: str) -> tuple[int, str, str]:
+        old = sys.argv
+        sys.argv = ["raysys", *words]
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        finally:
+            sys.argv = old
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

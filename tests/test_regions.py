@@ -1,0 +1,133 @@
+"""Geometry and post-processing by hand; the real models on drawn text."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from conftest import noise_jpeg, text_jpeg
+
+from raysys.config import OcrConfig
+from raysys.regions.annotator import SCHEMA, Annotator, annotate_shard, count, to_parquet
+from raysys.regions.detector import boxes_of_map, input_size
+from raysys.regions.geometry import order_corners, polygon_area, union_area
+from raysys.regions.recognizer import cut_out, decode_ctc
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+def test_union_area_overlapping_boxes_counts_overlap_once() -> None:
+    assert union_area(np.array([_box(0, 0, 0.5, 0.5), _box(0.25, 0, 0.75, 0.5)])) == pytest.approx(0.375)
+
+
+def test_union_area_leaves_out_what_lies_outside() -> None:
+    assert union_area(np.array([_box(0.5, 0.5, 1.5, 1.5)])) == pytest.approx(0.25)
+
+
+def test_union_area_of_nothing_and_of_a_line() -> None:
+    assert union_area(np.zeros((0, 4, 2))) == 0
+    assert union_area(np.array([[(0.1, 0.1), (0.5, 0.1), (0.5, 0.1), (0.1, 0.1)]])) == pytest.approx(0)
+
+
+def test_polygon_area_of_a_diamond() -> None:
+    assert polygon_area(np.array([(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)])) == pytest.approx(0.5)
+
+
+def test_corners_start_top_left_and_go_clockwise() -> None:
+    shuffled = np.array([(10, 5), (0, 0), (0, 5), (10, 0)], np.float32)
+    assert order_corners(shuffled).tolist() == [[0, 0], [10, 0], [10, 5], [0, 5]]
+
+
+@pytest.mark.parametrize(
+    ("size", "enlarge", "limit", "expected"),
+    [((1280, 720), 1.0, 960, (960, 544)), ((224, 224), 1.0, 960, (224, 224)), ((112, 112), 2.0, 224, (224, 224)), ((9, 900), 1.0, 960, (32, 896))],
+)
+def test_network_input_keeps_aspect_in_multiples_of_32(size: tuple[int, int], enlarge: float, limit: int, expected: tuple[int, int]) -> None:
+    assert input_size(*size, enlarge=enlarge, max_side_px=limit) == expected
+
+
+def test_a_blob_becomes_one_grown_box() -> None:
+    prob = np.zeros((64, 128), np.float32)
+    prob[20:30, 30:90] = 0.9
+    boxes = boxes_of_map(prob, pixel_threshold=0.3, min_score=0.3, unclip_ratio=1.5, max_boxes=9)
+    assert len(boxes.corners) == 1
+    assert boxes.scores[0] == pytest.approx(0.9, abs=0.05)
+    # a 59 x 9 kernel grows by area * 1.5 / perimeter = 59 * 9 * 1.5 / 136 = 5.9 px on each side
+    (x0, y0), (x1, y1) = boxes.corners[0].min(0), boxes.corners[0].max(0)
+    assert [x0, y0, x1, y1] == pytest.approx([24, 14, 95, 35], abs=1.5)
+
+
+def test_faint_blobs_are_not_stored_and_best_come_first() -> None:
+    prob = np.zeros((64, 128), np.float32)
+    prob[5:15, 10:50], prob[40:50, 10:50], prob[20:30, 60:100] = 0.5, 0.95, 0.35
+    boxes = boxes_of_map(prob, pixel_threshold=0.3, min_score=0.4, unclip_ratio=1.5, max_boxes=9)
+    assert len(boxes.scores) == 2 and boxes.scores[0] > boxes.scores[1]
+    assert len(boxes_of_map(prob, pixel_threshold=0.3, min_score=0.4, unclip_ratio=1.5, max_boxes=1).scores) == 1
+
+
+def test_ctc_folds_repeats_and_drops_blanks() -> None:
+    path = [0, 1, 1, 0, 1, 2, 2, 0]  # blank a a blank a b b blank
+    prob = np.full((8, 3), 0.1, np.float32)
+    for t, c in enumerate(path):
+        prob[t, c] = 0.8
+    reading = decode_ctc(prob, ["", "a", "b"])
+    assert (reading.text, reading.score) == ("aab", pytest.approx(0.8))
+    assert decode_ctc(np.array([[1.0, 0, 0]]), ["", "a", "b"]).score == 0
+
+
+def test_upright_lines_are_turned() -> None:
+    image = np.zeros((100, 100, 3), np.uint8)
+    assert cut_out(image, np.array(_box(10, 10, 20, 90), np.float32)).shape[:2] == (10, 80)
+    assert cut_out(image, np.array(_box(10, 10, 90, 20), np.float32)).shape[:2] == (10, 80)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "paddle"])
+class TestEngines:
+    """One contract, every engine, real models."""
+
+    def test_reads_what_is_written(self, engine: str) -> None:
+        look = Annotator(OcrConfig(engine=engine)).look(text_jpeg("HELLO WORLD"))
+        assert (look.width, look.height, look.error) == (320, 160, None)
+        text = " ".join(str(r["text"]) for r in look.regions).upper().replace(" ", "")
+        assert text == "HELLOWORLD"
+        region = look.regions[0]
+        polygon = np.array(region["polygon"]).reshape(4, 2)
+        assert polygon.min() >= 0 and polygon.max() <= 1
+        # the letters start at (20, 53) and are 40 px high
+        assert polygon[0] == pytest.approx([20 / 320, 56 / 160], abs=0.08)
+        assert region["score"] > 0.6 and region["text_score"] > 0.8  # type: ignore[operator]
+        assert look.text_area == pytest.approx(sum(r["area"] for r in look.regions), abs=0.01)  # type: ignore[misc]
+
+    def test_plain_and_broken_pictures(self, engine: str) -> None:
+        annotator = Annotator(OcrConfig(engine=engine))
+        plain = annotator.look(noise_jpeg(5, 224))
+        assert plain.regions == [] and plain.text_area == 0
+        assert annotator.look(b"junk").error == "not_an_image"
+
+
+def test_engines_agree() -> None:
+    """Our pre- and post-processing is PaddleOCR's: same boxes to a pixel or two on the same network."""
+    data = text_jpeg("OPEN DAILY", size=(640, 320), font_px=60)
+    ours, theirs = (Annotator(OcrConfig(engine=e)).look(data) for e in ("onnx", "paddle"))
+    assert len(ours.regions) == len(theirs.regions) >= 1
+    for a, b in zip(ours.regions, theirs.regions, strict=True):
+        assert np.abs(np.array(a["polygon"]) - np.array(b["polygon"])).max() < 3 / 320
+        assert a["score"] == pytest.approx(b["score"], abs=0.03)
+
+
+def test_a_shard_becomes_a_table_of_the_contract(small_corpus) -> None:  # type: ignore[no-untyped-def]
+    table = annotate_shard(str(small_corpus / "train-00000.tar"), "train-00000.tar", Annotator(OcrConfig()))
+    assert table.schema.names == SCHEMA.names and table.num_rows == 15
+    assert table["key"].to_pylist()[-3:] == ["0900", "0901", "0902"]
+    assert table["error"].to_pylist() == [None] * 14 + ["not_an_image"]
+    counts = count(table)
+    assert (counts.samples, counts.errors, counts.damaged) == (15, {"not_an_image": 1}, None)
+    assert counts.with_regions >= 2
+    assert to_parquet(table, fingerprint="abc").startswith(b"PAR1")
+
+
+def test_one_thread_an_actor() -> None:
+    Annotator(OcrConfig())
+    assert cv2.getNumThreads() == 1

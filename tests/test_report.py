@@ -1,0 +1,299 @@
+"""One page a verb, made from small folders written as the verbs write them: is what matters there, escaped, and all inside the page?"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from raysys.reporting import html
+from raysys.reporting.html import report, series_of
+from raysys.storage import UserError, identity, write_json
+
+HOSTILE = '<script>alert("caption")</script>"><img onerror=alert(1)>'
+REGION = {
+    "polygon": [0.1, 0.2, 0.5, 0.2, 0.5, 0.4, 0.1, 0.4],
+    "score": 0.9,
+    "area": 0.08,
+    "text": "<b>SALE</b>",
+    "text_score": 0.95,
+}
+FAINT = {**REGION, "text_score": 0.1}  # a box that no policy counts
+
+
+def folder(path: Path, verb: str, settings: dict[str, Any] | None = None, counts: dict[str, Any] | None = None) -> Path:
+    """An output folder's settings, and its manifest where counts are given."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(str(path / "settings.json"), {"verb": verb, "fingerprint": "f", "settings": settings or {}})
+    if counts is not None:
+        write_json(str(path / "manifest.json"), {"verb": verb, "counts": counts, "seconds": 1.5, "versions": {"raysys": "0.1"}})
+    return path
+
+
+def jpeg(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), color).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], metadata: dict[str, str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def annotated(root: Path) -> Path:
+    """Two shards: hostile caption without text, a sign, a faint box; and a broken picture."""
+    (root / "corpus").mkdir(parents=True)
+    out = folder(
+        root / "annotations",
+        "annotate",
+        {"corpus": {"path": str(root / "corpus"), "root": str(root / "corpus")}},
+        {"samples": 4321, "shards": 2, "regions": 2, "with_regions": 2, "errors": {"undecodable": 17}, "damaged_shards": {}},
+    )
+    for shard, looks in (("a b.tar", [(HOSTILE, []), ("a sign", [REGION])]), ("c.tar", [("a wall", [FAINT]), ("broken", None)])):
+        with tarfile.open(root / "corpus" / shard, "w") as tar:
+            for i, _ in enumerate(looks):
+                data = jpeg(("red", "lime")[i])
+                info = tarfile.TarInfo(f"{i}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        with tarfile.open(root / "corpus" / shard) as tar:
+            members = [(m.offset_data, m.size) for m in tar]
+        name = shard.replace(" ", "%20")
+        rows = [
+            {
+                "shard": name,
+                "index": i,
+                "key": f"k{i}",
+                "offset": members[i][0],
+                "size": members[i][1],
+                "caption": [caption],
+                "width": 40,
+                "height": 30,
+                "regions": regions or [],
+                "text_area": None if regions is None else 0.08 * len(regions),
+                "error": "undecodable" if regions is None else None,
+            }
+            for i, (caption, regions) in enumerate(looks)
+        ]
+        schema = pa.schema(
+            [("regions", pa.list_(pa.struct([("polygon", pa.list_(pa.float32(), 8))] + [(k, pa.float32()) for k in ("score", "area")]
+             + [("text", pa.string()), ("text_score", pa.float32())])))]
+            + [(k, pa.string()) for k in ("shard", "key", "error")] + [(k, pa.int32()) for k in ("index", "width", "height")]
+            + [(k, pa.int64()) for k in ("offset", "size")] + [("caption", pa.list_(pa.string())), ("text_area", pa.float32())]
+        )  # fmt: skip
+        shard_identity = {"raysys.identity": identity(str(root / "corpus" / shard))}  # differs, as real shards' metadata does
+        (out / "shards").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata(shard_identity)), out / "shards" / f"{name}.parquet")
+    return out
+
+
+def selection(root: Path, source: Path) -> Path:
+    out = folder(
+        root / "selection", "filter", {"annotations": str(source), "policy": {"name": "paper"}},
+        {"samples": 4, "kept": 2, "reasons": {"text_area": 1, "undecodable": 1}},
+    )  # fmt: skip
+    for shard, reasons in (("a%20b.tar", [None, "text_area"]), ("c.tar", [None, "undecodable"])):
+        rows = [{"shard": shard, "index": i, "key": f"k{i}", "keep": r is None, "reason": r} for i, r in enumerate(reasons)]
+        write_parquet(out / "selection" / f"{shard}.parquet", rows)
+    return out
+
+
+def run(path: Path) -> Path:
+    out = folder(path, "train", {"model": "tiny"}, {"steps": 30, "samples_seen": 960})
+    steps = [(10, 3.0), (20, 2.0), (20, 1.5), (30, 1.0)]  # 20 was done again after a resume
+    lines = [json.dumps({"step": s, "loss": v, "image_accuracy": 0.1, "note": "x", "new_metric": 7}) for s, v in steps]
+    (out / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4']))  # the last line was cut by a kill
+    return out
+
+
+def attack(path: Path) -> Path:
+    out = folder(path, "attack", {}, {"pictures": 2})
+    rows = [
+        {"picture": f"n{i}/x.JPEG", "true_class": i, "written_class": 1 - i, "text": ("goldfish", "tench")[i],
+         "font": "DejaVuSans.ttf", "font_sha256": "0", "font_px": 50, "color": [255, 0, 0], "x_px": 50, "y_px": 50}
+        for i in range(2)
+    ]  # fmt: skip
+    write_parquet(out / "attack.parquet", rows)
+    for i in range(2):
+        (out / f"n{i}").mkdir()
+        (out / f"n{i}" / "x.JPEG").write_bytes(jpeg("blue"))
+    write_json(str(out / "classes.json"), {"n0": "tench", "n1": "goldfish"})
+    return out
+
+
+def evaluation(path: Path, attacked: Path, model: str = "my-model") -> Path:
+    out = folder(path, "evaluate", {"model": f"/runs/{model}", "imagenet_attr": {"path": str(attacked)}}, {"sets": 2})
+    for dataset, metrics in (("imagenet_attr", {"acc1": 0.5, "num_pictures": 2}), ("retrieval", {"mean_recall@1": 0.4321})):
+        result = {"dataset": dataset, "model": model, "pretrained": "run", "task": "t", "metrics": metrics, "language": "en"}
+        write_json(str(out / "results" / f"{dataset}_{model}.json"), result)
+    predictions = [
+        {"picture": "n0/x.JPEG", "true_class": 0, "predicted_class": 0, "written_class": 1},
+        {"picture": "n1/x.JPEG", "true_class": 1, "predicted_class": 0, "written_class": 0},
+    ]
+    write_parquet(out / "predictions" / "imagenet_attr.parquet", predictions)
+    return out
+
+
+def sweep(path: Path) -> Path:
+    out = folder(path, "sweep", {"space": "small"}, {"trials": 4})
+    points = [(a, f) for a in (0.0, 1.0) for f in (1, 0)]
+    rows = [
+        {"trial": f"t{i}", "status": "done" if i < 3 else "failed", "reason": None if i < 3 else "out of <memory>", "policy.max_text_area": a,
+         "augment.factor": f, "seed": 0, "kept_share": 0.5 + a / 2, "imagenet/acc1": 0.1 * i if i < 3 else None, "score": 0.1 * i if i < 3 else None}
+        for i, (a, f) in enumerate(points)
+    ]  # fmt: skip
+    write_parquet(out / "results.parquet", rows)
+    write_json(str(out / "front.json"), ["t2"])
+    (out / "best.yaml").write_text("policy:\n  max_text_area: 1.0\n")
+    return out
+
+
+def page_of(path: Path) -> str:
+    """The report, checked for what holds of every page: no request to the outside, no script but the slider's."""
+    target = report(str(path))
+    assert target == str(path / "report.html")
+    page = Path(target).read_text()
+    assert not re.search(r"""(?:src|href|action|data)\s*=\s*["']?(?!data:|#)[a-z]*:?//""", page)
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert page.count("<script") == 1 and "default-src 'none'" in page
+    return page
+
+
+def test_annotations_show_counts_pictures_with_polygons_and_errors(tmp_path: Path) -> None:
+    page = page_of(annotated(tmp_path))
+    assert "<td>4,321</td>" in page
+    assert re.search(r"<td>undecodable</td>\s*<td>17</td>\s*<td>0.4%</td>", page)
+    assert 'points="0.1000,0.2000 0.5000,0.2000 0.5000,0.4000 0.1000,0.4000"' in page
+    assert page.count("data:image/jpeg;base64,") == 3  # the broken one has none
+    assert "not shown" not in page
+    assert re.search(
+        r"<td>paper</td>\s*<td>2</td>\s*<td>50.0%</td>", page
+    )  # of 4 rows: the sign and the broken one go, the faint box does not count
+    assert re.search(r"<td>none</td>\s*<td>3</td>", page)
+
+
+def test_hostile_caption_and_recognised_text_stay_text(tmp_path: Path) -> None:
+    source = annotated(tmp_path)
+    for page in (page_of(source), page_of(selection(tmp_path, source))):
+        assert "&lt;script&gt;alert(&#34;caption&#34;)&lt;/script&gt;" in page
+        assert "<script>alert" not in page and "<img onerror" not in page
+        assert "&lt;b&gt;SALE&lt;/b&gt;" in page and "<b>SALE" not in page
+
+
+def test_slider_carries_what_the_policy_keeps_at_each_threshold(tmp_path: Path) -> None:
+    stops = re.search(r'data-stops="([^"]*)"', page_of(annotated(tmp_path)))
+    assert stops
+    kept = {float(threshold.rstrip("%")): n for threshold, n, _ in json.loads(stops.group(1).replace("&#34;", '"'))}
+    assert {n for threshold, n in kept.items() if threshold < 8} == {2}  # the sign covers 8 %
+    assert {n for threshold, n in kept.items() if threshold > 8.1} == {3}
+
+
+def test_large_annotations_are_read_in_part_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "MAX_ROWS", 3)
+    page = page_of(annotated(tmp_path))
+    assert "the first 3 rows only" in page and "<td>4,321</td>" in page
+
+
+def test_a_shard_that_changed_is_not_read_as_pictures(tmp_path: Path) -> None:
+    source = annotated(tmp_path)
+    with (tmp_path / "corpus" / "c.tar").open("ab") as file:
+        file.write(b"more")
+    page = page_of(source)
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "its shard has changed since it was annotated" in page
+
+
+def test_selection_groups_pictures_by_reason(tmp_path: Path) -> None:
+    page = page_of(selection(tmp_path, annotated(tmp_path)))
+    assert "Kept 2 of 4" in page
+    assert [page.index(f"<h3>{title}</h3>") for title in ("kept", "text_area", "undecodable")]
+    kept = page[page.index("<h3>kept</h3>") : page.index("<h3>text_area</h3>")]
+    assert kept.index("a wall") < kept.index("&lt;script&gt;")  # borderline first: the wall has a box
+    assert re.search(r"<td>text_area</td>\s*<td>1</td>\s*<td>25.0%</td>", page)
+
+
+def test_selection_without_its_annotations_says_so(tmp_path: Path) -> None:
+    page = page_of(selection(tmp_path, tmp_path / "gone"))
+    assert "Nothing to show" in page and "gone" in page and "Kept 2 of 4" in page
+
+
+def test_run_shows_every_metric_and_a_repeated_step_counts_once(tmp_path: Path) -> None:
+    out = run(tmp_path / "run")
+    assert series_of(str(out))["loss"] == ([10, 20, 30], [3.0, 1.5, 1.0])
+    page = page_of(out)
+    for title in ("loss", "image accuracy", "new metric"):
+        assert f"<figcaption>{title}</figcaption><svg" in page
+    assert "<figcaption>note" not in page
+
+
+def test_run_without_metrics_says_so(tmp_path: Path) -> None:
+    page = page_of(folder(tmp_path / "run", "train"))
+    assert "metrics.jsonl is missing" in page and "Not finished" in page
+
+
+def test_attack_shows_pictures_with_both_names(tmp_path: Path) -> None:
+    page = page_of(attack(tmp_path / "attacked"))
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "shows tench" in page and "says “goldfish”" in page and "DejaVuSans.ttf" in page
+
+
+def test_evaluation_stands_next_to_the_reference_rows_and_answers(tmp_path: Path) -> None:
+    page = page_of(evaluation(tmp_path / "evaluation", attack(tmp_path / "attacked")))
+    assert "<td>50.00%</td>" in page and "<td>68.78%</td>" in page
+    assert "<td>43.21%</td>" in page and "77.00" not in page  # no reference for a set of one's own
+    assert "my-model: tench ✓" in page and "my-model: tench ✗ read it" in page
+
+
+def test_sweep_marks_the_front_and_shows_the_best_point(tmp_path: Path) -> None:
+    page = page_of(sweep(tmp_path / "sweep"))
+    assert re.search(r'<tr class="marked"><td>★</td><td>t2</td>', page) and page.count("<td>★</td>") == 1
+    assert "max_text_area: 1.0" in page and "out of &lt;memory&gt;" in page
+    assert "<figcaption>Score</figcaption>" in page and "<figcaption>imagenet/acc1</figcaption>" in page
+
+
+def test_sweep_that_has_not_ended_says_so(tmp_path: Path) -> None:
+    assert "results.parquet is missing" in page_of(folder(tmp_path / "sweep", "sweep"))
+
+
+def test_demo_puts_the_difference_first_and_composes_the_other_pages(tmp_path: Path) -> None:
+    out = folder(tmp_path, "demo", {}, {})
+    selection(tmp_path, annotated(tmp_path))
+    attacked = attack(tmp_path / "attacked")
+    for name in ("raw", "filtered"):
+        run(tmp_path / name)
+        evaluation(tmp_path / "evaluation" / name, attacked, name)
+    results = {
+        "raw": {"clean": 0.77, "retrieval": 0.5, "attacked": 0.28},
+        "filtered": {"clean": 0.92, "retrieval": 0.6, "attacked": 0.66},
+        "text_detector": {"recall": 0.97, "false_positives": 0.012},
+    }
+    write_json(str(out / "results.json"), results)
+    page = page_of(out)
+    assert re.search(r"<td>attacked</td>\s*<td>28.0%</td>\s*<td>66.0%</td>\s*<td>\+38.0</td>", page)
+    assert page.index("+38.0") < page.index("Kept 2 of 4") < page.index("Training") < page.index("Attacked pictures")
+    assert "filtered: tench ✓" in page and "raw: tench ✓" in page and "<td>97.0%</td>" in page
+
+
+def test_plots_escape_their_labels(tmp_path: Path) -> None:
+    out = folder(tmp_path / "s", "filter", {"annotations": "nowhere"}, {"samples": 2, "kept": 1, "reasons": {"<script>$x": 1}})
+    assert "&lt;script&gt;$x" in page_of(out)
+
+
+@pytest.mark.parametrize("settings", [None, '{"verb": "other"}', "[]", "no json"])
+def test_a_folder_that_is_not_ours_is_refused_in_one_line(tmp_path: Path, settings: str | None) -> None:
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+    with pytest.raises(UserError) as error:
+        report(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raysys.storage import UserError, expand_braces, identity, list_files, mask, open_output, shard_name, write_bytes
+
+
+def test_braces_keep_leading_zeros() -> None:
+    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{x,y}/{1..2}") == ["x/1", "x/2", "y/1", "y/2"]
+
+
+def test_a_brace_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"\{first..last\}"):
+        expand_braces("a{x}.tar")
+
+
+def test_folder_glob_and_braces_find_the_same_files(tmp_path: Path) -> None:
+    for name in ("t-0.tar", "t-1.tar"):
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    expected = (str(tmp_path), ["t-0.tar", "t-1.tar"])
+    assert list_files(str(tmp_path), ".tar") == expected
+    assert list_files(f"{tmp_path}/t-*.tar", ".tar") == expected
+    assert list_files(f"{tmp_path}/t-{{0..1}}.tar", ".tar") == expected
+
+
+def test_same_name_in_two_folders_is_two_shards(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.tar").touch()
+    _, found = list_files(str(tmp_path), ".tar")
+    assert [shard_name(f) for f in found] == ["a%2F0.tar", "b%2F0.tar"]
+
+
+def test_missing_and_empty_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file or folder"):
+        list_files(f"{tmp_path}/nothing", ".tar")
+    with pytest.raises(UserError, match=r"no .tar files there"):
+        list_files(str(tmp_path), ".tar")
+
+
+def test_output_is_taken_up_with_the_same_settings_only(tmp_path: Path) -> None:
+    path = str(tmp_path / "out")
+    assert not open_output(path, "train", {"lr": 1, "pool": 3}, not_in_fingerprint=("pool",)).finished
+    again = open_output(path, "train", {"lr": 1, "pool": 4}, not_in_fingerprint=("pool",))
+    again.finish({"steps": 1})
+    assert open_output(path, "train", {"lr": 1, "pool": 5}, not_in_fingerprint=("pool",)).finished
+    with pytest.raises(UserError, match=r"other settings \(lr: 1 -> 2\)"):
+        open_output(path, "train", {"lr": 2, "pool": 3}, not_in_fingerprint=("pool",))
+    with pytest.raises(UserError, match="another program or verb"):
+        open_output(path, "sweep", {"lr": 1})
+
+
+def test_a_strangers_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not empty"):
+        open_output(str(tmp_path), "train", {})
+
+
+def test_relative_output_in_a_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    with pytest.raises(UserError, match="Ray deletes"):
+        open_output("out", "train", {})
+
+
+def test_write_is_whole_and_leaves_no_rest(tmp_path: Path) -> None:
+    target = tmp_path / "shards" / "a.parquet"
+    write_bytes(str(target), b"12345", tmp_folder=str(tmp_path / "_tmp"))
+    assert target.read_bytes() == b"12345"
+    assert [p.name for p in target.parent.iterdir()] == ["a.parquet"]
+    assert list((tmp_path / "_tmp").iterdir()) == []
+    assert identity(str(target)).startswith("5:")
+
+
+def test_credentials_are_masked() -> None:
+    assert mask("s3://key:secret@bucket/x") == "s3://***@bucket/x"
