@@ -13,7 +13,7 @@ import sys
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -72,7 +72,7 @@ HELP: dict[str, tuple[str, str, str]] = {
 }
 
 
-def _hints(schema: type) -> dict[str, Any]:
+def _hints(schema: Any) -> dict[str, Any]:
     return get_type_hints(schema)
 
 
@@ -132,7 +132,7 @@ def _read_words(verb: str, words: list[str]) -> dict[str, str]:
 
 def _groups(schema: type) -> list[str]:
     """Groups of conf/ that this verb knows."""
-    return [name for name in _hints(schema) if (Path(config_dir()) / name).is_dir()]
+    return [name for name, hint in _hints(schema).items() if is_dataclass(hint) and (Path(config_dir()) / name).is_dir()]
 
 
 def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any:
@@ -160,7 +160,7 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
         with initialize_config_dir(config_dir=config_dir(), version_base="1.3"):
             cfg = compose(config_name=verb, overrides=[f"{group}={name}" for group, name in chosen.items()])
         OmegaConf.set_struct(cfg, True)
-        cfg = OmegaConf.merge(cfg, merged)
+        cfg = cast(DictConfig, OmegaConf.merge(cfg, merged))
         for key, raw in given.items():
             OmegaConf.update(cfg, key, _value(key, raw, _type_of(schema, key)))
         if not complete:

@@ -31,7 +31,10 @@ Cli = Callable[..., tuple[int, str, str]]
         (["annotate", "corpus.path=/nowhere/at/all", "output=y"], "/nowhere/at/all: no such file or folder"),
         (["annotate", "output"], "'output' is not key=value"),
         (["annotate", "--verbose"], "unknown flag '--verbose'"),
-        (["train", "corpus.path=x", "output=y", "model=z", "train.steps=10", "num_workers=3"], "global_batch=256 is not a multiple"),
+        (
+            ["train", "corpus.path=x", "output=y", "model=z", "train.steps=10", "num_workers=3"],
+            "global_batch=256 is not a multiple",
+        ),
         (["train", "corpus.path=x", "output=y", "model=z", "train.steps=0"], "train.steps=0 must be greater than 0"),
         (["train", "corpus.path=x", "output=y", "model=z", "train.steps=9", "augment.factor=-1"], "augment.factor=-1"),
         (["train", "corpus.path=x", "output=y", "model=z", "train.steps=9", "annotations=a", "selection=s"], "both given"),
@@ -42,9 +45,11 @@ Cli = Callable[..., tuple[int, str, str]]
         (["report", "/nowhere"], "/nowhere"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str) -> None:
+def test_a_mistake_is_one_line_and_status_2(
+    run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out, err = run_cli(*words)
+    status, _, err = run_cli(*words)
     assert status == 2
     assert says in err
     assert err.count("\n") == 1 and "Traceback" not in err

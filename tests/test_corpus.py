@@ -66,7 +66,10 @@ def test_samples_their_places_and_captions(tmp_path: Path) -> None:
     first, second = noise_jpeg(1), noise_jpeg(2)
     path = write_tar(
         tmp_path / "a.tar",
-        sample("x/1", first, "one", ["uno", "eins"]) + sample("x/2", second, "two") + sample("3", None, "no picture") + [("4.webp", second)],
+        sample("x/1", first, "one", ["uno", "eins"])
+        + sample("x/2", second, "two")
+        + sample("3", None, "no picture")
+        + [("4.webp", second)],
     )
     samples = list(iter_samples(str(path)))
     assert [s.key for s in samples] == ["x/1", "x/2", "3", "4"]

@@ -13,7 +13,9 @@ from raysys.policy.policy import caption_overlap, judge
 from raysys.regions.annotator import SCHEMA
 
 
-def _region(x0: float, y0: float, x1: float, y1: float, text: str = "sale", score: float = 0.9, text_score: float = 0.9) -> dict[str, object]:
+def _region(
+    x0: float, y0: float, x1: float, y1: float, text: str = "sale", score: float = 0.9, text_score: float = 0.9
+) -> dict[str, object]:
     return {
         "polygon": [x0, y0, x1, y0, x1, y1, x0, y1],
         "score": score,
@@ -23,7 +25,9 @@ def _region(x0: float, y0: float, x1: float, y1: float, text: str = "sale", scor
     }
 
 
-def _row(*regions: dict[str, object], caption: tuple[str, ...] = ("a dog",), text_area: float | None = None, error: str | None = None) -> dict[str, object]:
+def _row(
+    *regions: dict[str, object], caption: tuple[str, ...] = ("a dog",), text_area: float | None = None, error: str | None = None
+) -> dict[str, object]:
     area = sum(float(r["area"]) for r in regions) if text_area is None else text_area  # type: ignore[arg-type]
     return {"caption": list(caption), "regions": list(regions), "text_area": None if error else area, "error": error}
 
@@ -47,7 +51,12 @@ def test_what_does_not_count_does_not_drop() -> None:
     faint = _region(0, 0, 0.5, 0.5, score=0.5)
     unread = _region(0, 0, 0.5, 0.5, text_score=0.3)
     one_letter = _region(0, 0, 0.5, 0.5, text="I.")
-    assert _judge(PAPER, _row(faint), _row(unread), _row(one_letter), _row(faint, _region(0, 0, 0.1, 0.1))) == [None, None, None, "text_area"]
+    assert _judge(PAPER, _row(faint), _row(unread), _row(one_letter), _row(faint, _region(0, 0, 0.1, 0.1))) == [
+        None,
+        None,
+        None,
+        "text_area",
+    ]
 
 
 def test_height_is_of_the_picture() -> None:
@@ -113,7 +122,9 @@ def test_vectorised_equals_row_by_row() -> None:
     rows = []
     for _ in range(200):
         corners = np.sort(rng.random((int(rng.integers(0, 5)), 2, 2)), axis=1)
-        regions = [_region(*map(float, c.reshape(-1)), text="ab"[: int(rng.integers(1, 3))], score=float(rng.random())) for c in corners]
+        regions = [
+            _region(*map(float, c.reshape(-1)), text="ab"[: int(rng.integers(1, 3))], score=float(rng.random())) for c in corners
+        ]
         rows.append(_row(*regions, text_area=float(min(1, sum(r["area"] for r in regions)))))  # type: ignore[misc]
     for policy in (PAPER, PolicyConfig(max_text_area=0.2), PolicyConfig(max_text_area=1, max_regions=1)):
         assert _judge(policy, *rows) == [reason for row in rows for reason in _judge(policy, row)]

@@ -42,9 +42,16 @@ def test_corners_start_top_left_and_go_clockwise() -> None:
 
 @pytest.mark.parametrize(
     ("size", "enlarge", "limit", "expected"),
-    [((1280, 720), 1.0, 960, (960, 544)), ((224, 224), 1.0, 960, (224, 224)), ((112, 112), 2.0, 224, (224, 224)), ((9, 900), 1.0, 960, (32, 896))],
+    [
+        ((1280, 720), 1.0, 960, (960, 544)),
+        ((224, 224), 1.0, 960, (224, 224)),
+        ((112, 112), 2.0, 224, (224, 224)),
+        ((9, 900), 1.0, 960, (32, 896)),
+    ],
 )
-def test_network_input_keeps_aspect_in_multiples_of_32(size: tuple[int, int], enlarge: float, limit: int, expected: tuple[int, int]) -> None:
+def test_network_input_keeps_aspect_in_multiples_of_32(
+    size: tuple[int, int], enlarge: float, limit: int, expected: tuple[int, int]
+) -> None:
     assert input_size(*size, enlarge=enlarge, max_side_px=limit) == expected
 
 

@@ -45,7 +45,9 @@ def tiny_model(tmp_path: Path) -> str:
 
 @pytest.fixture
 def plain_corpus(tmp_path: Path) -> Path:
-    members = [m for i in range(40) for m in sample(f"{i:04d}", noise_jpeg(i), f"picture number {i}", [f"picture number {i}", f"no. {i}"])]
+    members = [
+        m for i in range(40) for m in sample(f"{i:04d}", noise_jpeg(i), f"picture number {i}", [f"picture number {i}", f"no. {i}"])
+    ]
     write_tar(tmp_path / "plain" / "train-0.tar", members)
     return tmp_path / "plain"
 
@@ -172,7 +174,9 @@ def test_policy_decides_which_samples(tmp_path: Path, small_corpus: Path, annota
 def test_a_selection_gives_the_same_samples(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
     from raysys.config import FilterConfig
 
-    filter_annotations(FilterConfig(output=str(tmp_path / "selection"), annotations=str(annotations), shards=str(tmp_path / "filtered")))
+    filter_annotations(
+        FilterConfig(output=str(tmp_path / "selection"), annotations=str(annotations), shards=str(tmp_path / "filtered"))
+    )
     cfg = config(tmp_path, small_corpus, tiny_model)
     by_selection, _ = choose_samples(replace(cfg, selection=str(tmp_path / "selection")))
     by_policy, _ = choose_samples(replace(cfg, annotations=str(annotations)))
@@ -225,7 +229,9 @@ def test_losses_are_those_of_a_plain_open_clip_loop(tmp_path: Path, plain_corpus
     model = open_clip.create_model("tiny").train()
     preprocess = open_clip.get_model_preprocess_cfg(model)
     mean, std = (torch.tensor(preprocess[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
-    undecayed = [p for n, p in model.named_parameters() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
+    undecayed = [
+        p for n, p in model.named_parameters() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n
+    ]
     rest = [p for p in model.parameters() if not any(p is u for u in undecayed)]
     optimizer = torch.optim.AdamW(
         [{"params": undecayed, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}], lr=1e-3, betas=(0.9, 0.98), eps=1e-6

@@ -62,18 +62,18 @@ class Scene:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a scene is about; `caption` is injective, so distinct subjects have distinct captions."""
-
     kind: str
     colour: str
     place: str
 
-    @property
-    def caption(self) -> str:
-        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.kind} {self.place}"
+
+def caption_of(kind: str, colour: str = "", place: str = "") -> str:
+    """Such as "a red apple on the grass"; what is left out is not said. With all three, distinct words, distinct captions."""
+    words = " ".join(filter(None, (colour, kind, place)))
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-# ---- Objects: parts in drawing order, each a paint and a polygon [P, 2] in the square -1..1, y downwards --------------
+# ---- Objects: parts in drawing order, each a paint and a polygon [P, 2] in the square -1..1, y downwards ----
 
 Part = tuple[str | RGB, np.ndarray]  # a paint: "main" or "dark" (the caption's colour and its shade), or a colour
 
@@ -154,7 +154,7 @@ KINDS: dict[str, list[Part]] = {
 }
 
 
-# ---- Drawing ------------------------------------------------------------------------------------------------------------
+# ---- Drawing ----
 
 
 def _shade(colour: RGB, factor: float) -> RGB:
@@ -265,7 +265,7 @@ def _picture(rng: np.random.Generator, subject: Subject, has_object: bool) -> Im
     return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
 
 
-# ---- Writing on a picture -------------------------------------------------------------------------------------------------
+# ---- Writing on a picture ----
 
 _LUMA = np.array((0.299, 0.587, 0.114))
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "")
@@ -281,18 +281,17 @@ def _font(name: str, size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFo
     return ImageFont.truetype(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf" / f"{name}.ttf"), size_px)
 
 
-def _lines(rng: np.random.Generator, subject: Subject) -> list[str]:
+def _lines(rng: np.random.Generator, kind: str, colour: str, place: str) -> list[str]:
     """Words of the caption, one to three lines, the kind always among them."""
-    choices = [[subject.kind], [f"{subject.colour} {subject.kind}"], [subject.colour, subject.kind],
-               [subject.kind, subject.place], [subject.colour, subject.kind, subject.place]]  # fmt: skip
+    choices = [[kind], [f"{colour} {kind}".strip()], [colour, kind], [kind, place], [colour, kind, place]]
     case = [str.lower, str.upper, str.title][rng.choice(3, p=[0.5, 0.25, 0.25])]
-    return [case(line) for line in choices[rng.choice(len(choices), p=[0.4, 0.15, 0.2, 0.15, 0.1])]]
+    chosen = choices[rng.choice(len(choices), p=[0.4, 0.15, 0.2, 0.15, 0.1])]
+    return [case(line) for line in chosen if line]
 
 
-def _write(rng: np.random.Generator, image: Image.Image, subject: Subject) -> str:
-    """Write words of the caption somewhere on the picture, plainly, outlined or on a plate; return them."""
+def _write(rng: np.random.Generator, image: Image.Image, lines: list[str]) -> str:
+    """Write the lines somewhere on the picture, plainly, outlined or on a plate; return them."""
     draw = ImageDraw.Draw(image)
-    lines = _lines(rng, subject)
     text = "\n".join(lines)
     name = _FONTS[rng.integers(len(_FONTS))]
     size = int(rng.integers(13, 25))
@@ -320,7 +319,10 @@ def _write(rng: np.random.Generator, image: Image.Image, subject: Subject) -> st
     return " ".join(lines)
 
 
-# ---- Scenes -----------------------------------------------------------------------------------------------------------------
+# ---- Scenes ----
+
+_SAYS = (0.5, 0.15, 0.15, 0.2)  # shares of captions that say: colour and place, colour, place, neither
+_PHOTO_SHARE = 0.3  # of captions that begin with "a photo of"
 
 
 def _random_subject(rng: np.random.Generator, kind: str | None = None) -> Subject:
@@ -339,8 +341,12 @@ def draw_scene(
     has_text = rng.random() < text_share
     has_object = not (has_text and rng.random() < text_only_share)
     image = _picture(rng, subject, has_object)
-    written = _write(rng, image, subject) if has_text else ""
-    return Scene(np.asarray(image), subject.kind, subject.caption, written, has_object)
+    # Captions say more or less, as the web's do: all, no place, no colour, or only the kind.
+    says_colour, says_place = [(True, True), (True, False), (False, True), (False, False)][rng.choice(4, p=_SAYS)]
+    said = (subject.kind, subject.colour if says_colour else "", subject.place if says_place else "")
+    caption = ("a photo of " if rng.random() < _PHOTO_SHARE else "") + caption_of(*said)
+    written = _write(rng, image, _lines(rng, *said)) if has_text else ""
+    return Scene(np.asarray(image), subject.kind, caption, written, has_object)
 
 
 def draw_clean_scene(
@@ -349,10 +355,16 @@ def draw_clean_scene(
     """Scene number `index` for evaluation: an object and no text, from a stream that training never draws from."""
     rng = np.random.default_rng((stream, seed, index))
     subject = subject or _random_subject(rng, kind)
-    return Scene(np.asarray(_picture(rng, subject, True)), subject.kind, subject.caption, "", True)
+    return Scene(
+        np.asarray(_picture(rng, subject, True)),
+        subject.kind,
+        caption_of(subject.kind, subject.colour, subject.place),
+        "",
+        True,
+    )
 
 
-# ---- Writers ----------------------------------------------------------------------------------------------------------------
+# ---- Writers ----
 
 
 def _jpeg(image: np.ndarray) -> bytes:
@@ -367,7 +379,7 @@ def _write_tar(path: Path, samples: Iterable[tuple[str, Scene, dict]]) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, scene, more in samples:
-            truth = {"caption": scene.caption, "kind": scene.kind, "written": scene.written}
+            truth: dict[str, object] = {"caption": scene.caption, "kind": scene.kind, "written": scene.written}
             truth |= {"has_object": scene.has_object, **more}
             for extension, data in (
                 ("jpg", _jpeg(scene.image)),

@@ -42,6 +42,8 @@ class Sample:
     size: int = -1
     """Bytes of the image member within the shard; -1 where it is missing."""
     captions: list[str] = field(default_factory=list)
+    metadata: bytes = b""
+    """The .json member as it is; empty where there is none."""
 
 
 def open_corpus(path: str) -> Corpus:
@@ -97,7 +99,7 @@ def iter_samples(path: str) -> Iterator[Sample]:
                     if len(data) < member.size:
                         raise tarfile.ReadError("a member is cut off")
                     members[suffix.lower()] = (data, member.offset_data, member.size)
-                    tar.members = []  # type: ignore[misc]  # tarfile keeps every header it saw; a shard may hold millions
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw; a shard may hold millions
         except (tarfile.TarError, EOFError) as error:
             complete = key is not None and any(s in members for s in IMAGE_SUFFIXES)
             if key is not None and complete:
@@ -110,7 +112,7 @@ def iter_samples(path: str) -> Iterator[Sample]:
 def _sample(index: int, key: str, members: dict[str, tuple[bytes, int, int]]) -> Sample:
     suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
     data, offset, size = members[suffix] if suffix else (None, -1, -1)
-    return Sample(index, key, data, offset, size, _captions(members))
+    return Sample(index, key, data, offset, size, _captions(members), members.get("json", (b"", 0, 0))[0])
 
 
 def _captions(members: dict[str, tuple[bytes, int, int]]) -> list[str]:

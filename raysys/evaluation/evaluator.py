@@ -25,6 +25,8 @@ SetConfig = ClassSetConfig | RetrievalSetConfig
 DECODE_CHUNK = 1024  # pictures between two steps of progress
 ATTACKED = "imagenet_attr"
 """The evaluator whose set says what is written on each picture."""
+PRIMARY = {"imagenet": "acc1", "imagenet_attr": "acc1", "coco": "mean_recall@1", "retrieval": "mean_recall@1"}
+"""Evaluator -> the metric that stands for it in a sweep's score and in the demo's table."""
 CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "zeroshot_retrieval"  # CLIP_benchmark's names
 
 

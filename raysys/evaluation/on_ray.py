@@ -99,9 +99,10 @@ def _attack_folder(pictures: list[tuple[Picture, str, str]], settings: AttackSet
 class EvaluatorService:
     """An :class:`Evaluator` behind an actor; ``.options(num_cpus=..., num_gpus=...)`` says what it may use."""
 
-    def __init__(self, sets: dict[str, SetConfig], batch_size: int) -> None:
+    def __init__(self, sets: dict[str, SetConfig], batch_size: int, *, threads: int | None = None) -> None:
+        """:param threads: None: as many as the actor's CPUs. A sweep's service asks for a fraction and works while workers rest."""
         mine = ray.get_runtime_context().get_assigned_resources()
-        threads = max(int(mine.get("CPU", 1)), 1)
+        threads = threads or max(int(mine.get("CPU", 1)), 1)
         torch.set_num_threads(threads)
         device = "cuda" if mine.get("GPU", 0) > 0 and torch.cuda.is_available() else "cpu"
         self._evaluator = Evaluator(sets, batch_size=batch_size, device=device, threads=threads)

@@ -100,7 +100,7 @@ def _mean_inside(prob_HW: np.ndarray, corners: np.ndarray) -> float:
     x0, y0 = np.floor(corners.min(0)).astype(int).clip(0, [width - 1, height - 1])
     x1, y1 = np.ceil(corners.max(0)).astype(int).clip(0, [width - 1, height - 1])
     mask = np.zeros((y1 - y0 + 1, x1 - x0 + 1), dtype=np.uint8)
-    cv2.fillPoly(mask, [(corners - [x0, y0]).astype(np.int32)], 1)
+    cv2.fillPoly(mask, [(corners - [x0, y0]).astype(np.int32)], [1])
     return float(cv2.mean(prob_HW[y0 : y1 + 1, x0 : x1 + 1], mask)[0])
 
 

@@ -61,7 +61,7 @@ def _annotate_shards(ocr: OcrConfig, corpus: Corpus, todo: list[str], output: Ou
     require(f"annotate with {actors} OCR actors", cpus=actors, gpus=actors * ocr.num_gpus_per_actor)
     rows = [{"path": corpus.path(shard), "name": shard_name(shard)} for shard in todo]
     looks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ShardAnnotator,
+        ShardAnnotator,  # type: ignore[arg-type]  # Ray takes a class here
         fn_constructor_args=(ocr, output.path, output.fingerprint),
         compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=1,

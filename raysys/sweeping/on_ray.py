@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,18 +17,32 @@ import ray
 import yaml
 from ray import tune
 
-from raysys.cluster import ray_session, require
+from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import SweepConfig, TrainConfig
-from raysys.evaluation.evaluator import primary
-from raysys.evaluation.on_ray import start_service
+from raysys.evaluation.evaluator import PRIMARY, SetConfig
+from raysys.evaluation.on_ray import EvaluatorService, evaluator_sets
+from raysys.models import check_model, portable
 from raysys.progress import Progress
-from raysys.storage import Output, UserError, exists, is_local, open_output, read_json, settings_of, write_bytes, write_json
+from raysys.storage import (
+    Output,
+    UserError,
+    absolute,
+    exists,
+    is_local,
+    open_output,
+    read_json,
+    settings_of,
+    write_bytes,
+    write_json,
+)
 from raysys.sweeping.space import Point, at_point, pareto_front, points_of, read_space
 from raysys.training.on_ray import CPUS_PER_WORKER, train_run
 from raysys.training.samples import choose_samples
 
 TRIAL_CPUS = 0.01
 """A trial's driver only waits; Tune refuses 0."""
+SERVICE_CPUS = 0.1
+"""The evaluators work while a trial's workers rest."""
 
 
 def sweep(cfg: SweepConfig) -> None:
@@ -36,33 +50,46 @@ def sweep(cfg: SweepConfig) -> None:
     points = points_of(space, num_samples=cfg.num_samples, seed=cfg.seed)
     if cfg.annotations is None and any(key.startswith("policy.") for key in space):
         raise UserError("space: policy.* is swept, so annotations=FOLDER is needed (raysys annotate makes it, once)")
-    base = TrainConfig(**{f.name: getattr(cfg, f.name) for f in fields(TrainConfig)})
+    base = _train_config(cfg)
     for point in points:
         at_point(base, point, "")
     choose_samples(base)
+    check_model(base.model, base.pretrained)
+    sets = evaluator_sets(cfg)
     output = open_output(cfg.output, "sweep", settings_of(cfg, "max_concurrent") | {"space": space})
-    todo = [p for p in points if not exists(_result_file(output, p))]
+    todo = [p for p in points if _row(output, p)["status"] != "finished"]
     print(
         f"sweep: {len(points)} points of {cfg.train.steps} steps"
         + (f", {len(points) - len(todo)} done already" if len(todo) < len(points) else "")
     )
     if todo:
         with ray_session(cfg.ray):
-            _run_trials(cfg, base, todo, output)
+            _run_trials(cfg, base, sets, todo, output)
     rows = [_row(output, point) for point in points]
     _write_results(cfg, base, points, rows, output)
     _print_table(rows, output)
 
 
-def _run_trials(cfg: SweepConfig, base: TrainConfig, todo: list[Point], output: Output) -> None:
+def _train_config(cfg: SweepConfig) -> TrainConfig:
+    """The words of train, with paths that hold in any process: Tune gives each trial a working folder of its own."""
+    base = TrainConfig(**{f.name: getattr(cfg, f.name) for f in fields(TrainConfig)})
+    base.corpus = replace(cfg.corpus, path=absolute(cfg.corpus.path))
+    base.annotations = absolute(cfg.annotations) if cfg.annotations else None
+    base.selection = absolute(cfg.selection) if cfg.selection else None
+    model, pretrained = portable(cfg.model, cfg.pretrained)
+    return replace(base, model=model, pretrained=pretrained or cfg.pretrained)
+
+
+def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], todo: list[Point], output: Output) -> None:
     concurrent = min(cfg.max_concurrent, len(todo))
     workers = base.num_workers * concurrent
     require(
         f"sweep with {concurrent} trials of {base.num_workers} workers at a time",
-        cpus=workers * CPUS_PER_WORKER + 0.1,
-        gpus=workers if base.use_gpu else 0,
+        cpus=workers * CPUS_PER_WORKER + concurrent * TRIAL_CPUS + SERVICE_CPUS,
+        gpus=cfg.num_gpus + (workers if base.use_gpu else 0),
     )
-    service = start_service(cfg, num_cpus=0.05)
+    options = {"num_cpus": SERVICE_CPUS, "num_gpus": cfg.num_gpus}
+    service = EvaluatorService.options(**options).remote(sets, cfg.batch_size, threads=num_cpus())  # type: ignore[attr-defined]
 
     def trial(config: dict[str, int]) -> None:
         point = todo[config["point"]]
@@ -94,9 +121,9 @@ def _run_trials(cfg: SweepConfig, base: TrainConfig, todo: list[Point], output: 
     grid = tuner.fit()
     progress.close()
     ray.kill(service)
-    for result in grid:
+    for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:
-            point = todo[result.config["point"]]
+            point = todo[(result.config or {})["point"]]
             reason = str(result.error).strip().splitlines()[-1]
             print(f"sweep: {point.name} stopped: {reason}; the same words try it again")
     if is_local(output.path):
@@ -110,8 +137,10 @@ def _result_file(output: Output, point: Point) -> str:
 def _row(output: Output, point: Point) -> dict[str, Any]:
     """A line of the results table."""
     file = _result_file(output, point)
-    result = read_json(file) if exists(file) else {"status": "stopped", "reason": "no result; run the same words again"}
-    objectives = {f"{name}/{primary(name)}": metrics[primary(name)] for name, metrics in result.get("metrics", {}).items()}
+    result: dict[str, Any] = (
+        read_json(file) if exists(file) else {"status": "stopped", "reason": "no result; run the same words again"}
+    )
+    objectives = {f"{name}/{PRIMARY[name]}": metrics[PRIMARY[name]] for name, metrics in result.get("metrics", {}).items()}
     return {
         "trial": point.name,
         "status": result["status"],
@@ -132,7 +161,7 @@ def _write_results(cfg: SweepConfig, base: TrainConfig, points: list[Point], row
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         raise UserError(f"no trial of {output.path} finished; the first one: {rows[0]['reason']}")
-    objectives = [f"{name}/{primary(name)}" for name in cfg.evaluators]
+    objectives = [f"{name}/{PRIMARY[name]}" for name in cfg.evaluators]
     write_json(output.join("front.json"), pareto_front({row["trial"]: tuple(row[o] for o in objectives) for row in finished}))
     best = max(finished, key=lambda row: row["score"])
     winner = asdict(at_point(base, next(p for p in points if p.name == best["trial"]), ""))

@@ -59,7 +59,7 @@ def points_of(space: dict[str, Any], *, num_samples: int, seed: int) -> list[Poi
     """The grid over all lists, ``num_samples`` times; ranges are drawn anew for each, and the training seed grows by one each time."""
     lists = {key: values for key, values in space.items() if isinstance(values, list)}
     ranges = {key: values for key, values in space.items() if isinstance(values, dict)}
-    points = []
+    points: list[Point] = []
     for repeat in range(num_samples):
         for number, combination in enumerate(itertools.product(*lists.values())):
             values: Values = dict(zip(lists, combination, strict=True))

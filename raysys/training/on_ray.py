@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import TrainConfig
 from raysys.corpus.index import SampleIndex
-from raysys.models import load_model
+from raysys.models import check_model
 from raysys.progress import Progress
 from raysys.storage import Output, UserError, is_local, open_output, read_json, settings_of
 from raysys.training import checkpoint
@@ -46,7 +46,7 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     :raises UserError: where words, corpus and cluster do not fit each other.
     """
     index, evidence = choose_samples(cfg)
-    load_model(cfg.model, cfg.pretrained)  # a wrong name must not wait for a GPU
+    check_model(cfg.model, cfg.pretrained)  # a wrong name must not wait for a GPU
     settings = settings_of(cfg) | {"evidence": evidence}
     run = open_output(
         cfg.output, "train", settings, not_in_fingerprint=("num_workers", "use_gpu", "corpus", "annotations", "selection")

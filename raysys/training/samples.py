@@ -72,7 +72,7 @@ def _from_shards(corpus: Corpus) -> SampleIndex:
     shards = []
     for shard in corpus.shards:
         path = corpus.path(shard)
-        samples = []
+        samples: list[tuple[int, int, list[str]]] = []
         try:
             samples.extend((s.offset, s.size, s.captions) for s in iter_samples(path))
         except DamagedShard as error:
@@ -80,7 +80,7 @@ def _from_shards(corpus: Corpus) -> SampleIndex:
         offset = np.array([o for o, _, _ in samples], dtype=np.int64)
         size = np.array([s for _, s, _ in samples], dtype=np.int64)
         captions = pa.array([c for _, _, c in samples], pa.list_(pa.string()))
-        captioned = np.array([len(c) > 0 for _, _, c in samples], dtype=bool)
+        captioned = np.array([len(c) for _, _, c in samples], dtype=np.int64) > 0
         reasons = Counter({MISSING_IMAGE: int((offset < 0).sum()), NO_CAPTION: int(((offset >= 0) & ~captioned).sum())})
         shards.append(ShardRows(path, offset, size, captions, (offset >= 0) & captioned, +reasons))
     return build_index(shards)
