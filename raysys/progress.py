@@ -14,15 +14,15 @@ class Progress:
         self._done = 0
         self._extra = 0
         self._started = time.monotonic()
-        self._last = 0.0
         self._live = sys.stderr.isatty()
+        self._last = 0.0 if self._live else self._started  # in a log, what is quick needs no line of its own
 
     def advance(self, done: int = 1, *, items: int = 0, note: str = "") -> None:
         """:param items: what the rate counts where it is not the unit of the total (pictures in shards)."""
         self._done += done
         self._extra += items
         now = time.monotonic()
-        if now - self._last < (0.2 if self._live else 10) and self._done < self._total:
+        if now - self._last < (0.2 if self._live else 10) and (self._done < self._total or not self._live):
             return
         self._last = now
         spent = max(now - self._started, 1e-9)

@@ -46,9 +46,7 @@ PLACES: dict[str, tuple[RGB, RGB, float]] = {
 }
 _BROWN, _LEAF, _BLACK, _GREY, _GLASS = (104, 70, 40), (70, 140, 50), (28, 28, 30), (150, 150, 154), (206, 228, 238)
 _DRAW = 2  # shapes are drawn at twice the size and averaged down, for soft edges
-_TRAIN, _VAL, _RETRIEVAL = range(
-    3
-)  # first word of every generator's seed: training and evaluation never share a stream
+_TRAIN, _VAL, _RETRIEVAL = range(3)  # first word of every generator's seed: training and evaluation never share a stream
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Subject:
 
 
 def caption_of(kind: str, colour: str = "", place: str = "") -> str:
-    """Such as "a red apple on the grass"; what is left out is not said. With all three, distinct words, distinct captions."""
+    """Such as "a red apple on the grass"; what is left out is not said."""
     words = " ".join(filter(None, (colour, kind, place)))
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
@@ -162,7 +160,8 @@ def _shade(colour: RGB, factor: float) -> RGB:
 
 
 def _jitter(rng: np.random.Generator, colour: RGB, spread: int) -> RGB:
-    return tuple(int(c) for c in np.clip(np.add(colour, rng.integers(-spread, spread + 1, 3)), 0, 255))  # type: ignore[return-value]
+    moved = np.clip(np.add(colour, rng.integers(-spread, spread + 1, 3)), 0, 255)
+    return tuple(moved.tolist())
 
 
 def _random_colour(rng: np.random.Generator) -> RGB:
@@ -206,9 +205,7 @@ def _place_details(rng: np.random.Generator, draw: ImageDraw.ImageDraw, place: s
                 draw.ellipse((x, y, x + 9, y + 9), outline=(190, 226, 240), width=2)
         case "on the road":
             for i in range(-1, 4):
-                draw.line(
-                    (xs[0] % 60 + 72 * i, low[0], xs[0] % 60 + 72 * i + 36, low[0]), fill=(238, 230, 190), width=7
-                )
+                draw.line((xs[0] % 60 + 72 * i, low[0], xs[0] % 60 + 72 * i + 36, low[0]), fill=(238, 230, 190), width=7)
         case "at sunset":
             draw.ellipse((xs[0] - 24, ys[0] // 3, xs[0] + 24, ys[0] // 3 + 48), fill=(255, 226, 130))
 
@@ -296,9 +293,7 @@ def _write(rng: np.random.Generator, image: Image.Image, lines: list[str]) -> st
     name = _FONTS[rng.integers(len(_FONTS))]
     size = int(rng.integers(13, 25))
     while True:
-        left, top, right, bottom = draw.multiline_textbbox(
-            (0, 0), text, font=_font(name, size), spacing=2, align="center"
-        )
+        left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=_font(name, size), spacing=2, align="center")
         if right - left <= SIDE_PX - 10 or size <= 11:
             break
         size -= 1
@@ -327,14 +322,10 @@ _PHOTO_SHARE = 0.3  # of captions that begin with "a photo of"
 
 def _random_subject(rng: np.random.Generator, kind: str | None = None) -> Subject:
     kinds, colours, places = list(KINDS), list(COLOURS), list(PLACES)
-    return Subject(
-        kind or kinds[rng.integers(len(kinds))], colours[rng.integers(len(colours))], places[rng.integers(len(places))]
-    )
+    return Subject(kind or kinds[rng.integers(len(kinds))], colours[rng.integers(len(colours))], places[rng.integers(len(places))])
 
 
-def draw_scene(
-    seed: int, index: int, *, text_share: float = TEXT_SHARE, text_only_share: float = TEXT_ONLY_SHARE
-) -> Scene:
+def draw_scene(seed: int, index: int, *, text_share: float = TEXT_SHARE, text_only_share: float = TEXT_ONLY_SHARE) -> Scene:
     """Scene number `index` of the training corpus."""
     rng = np.random.default_rng((_TRAIN, seed, index))
     subject = _random_subject(rng)
@@ -374,7 +365,7 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 
 def _write_tar(path: Path, samples: Iterable[tuple[str, Scene, dict]]) -> None:
-    """(key, scene, more for its JSON) -> KEY.jpg, KEY.txt, KEY.json. The same samples give the same bytes; whole or not at all."""
+    """(key, scene, more for its JSON) -> KEY.jpg, KEY.txt, KEY.json. Same samples, same bytes; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -409,7 +400,7 @@ def write_shard(
     text_share: float = TEXT_SHARE,
     text_only_share: float = TEXT_ONLY_SHARE,
 ) -> None:
-    """Scenes first_index ... first_index + count - 1 as one WebDataset shard; the JSON holds the truth about the text."""
+    """Scenes first_index ... first_index + count - 1 as one WebDataset shard."""
     _write_tar(
         Path(path),
         (

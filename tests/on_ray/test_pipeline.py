@@ -1,0 +1,301 @@
+"""One real run a stage on Ray: real processes, real OCR models, small pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+from conftest import noise_jpeg, sample, text_jpeg, write_tar
+
+from raysys.storage import read_json
+from raysys.training.metrics import read_metrics
+
+pytestmark = pytest.mark.ray
+Cli = Callable[..., tuple[int, str, str]]
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+RECIPE = [
+    "train.precision=fp32",
+    "train.log_every=1",
+    "global_batch=8",
+    "optim.warmup_steps=2",
+    "augment=strong",
+]
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> str:
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY))
+    return str(file)
+
+
+def rows(annotations: Path) -> list[tuple[str, str]]:
+    return sorted(
+        (row["shard"], row["key"])
+        for file in sorted((annotations / "shards").glob("*.parquet"))
+        for row in pq.read_table(file, columns=["shard", "key"]).to_pylist()
+    )
+
+
+def test_annotate_then_filter(ray_cluster: None, run_cli: Cli, tmp_path: Path, small_corpus: Path) -> None:
+    out = tmp_path / "A"
+    words = ("annotate", f"corpus.path={small_corpus}/train-{{00000..00001}}.tar", f"output={out}")
+    status, printed, _ = run_cli(*words)
+    assert status == 0 and "30 samples in 2 shards" in printed and "2 samples without a look: not_an_image" in printed
+    assert len(rows(out)) == len(set(rows(out))) == 30
+    assert [p.name for p in sorted((out / "shards").iterdir())] == ["train-00000.tar.parquet", "train-00001.tar.parquet"]
+
+    first = (out / "shards" / "train-00000.tar.parquet").stat().st_mtime_ns
+    status, printed, _ = run_cli(*words)
+    assert status == 0 and "nothing is left to do" in printed
+
+    (out / "shards" / "train-00001.tar.parquet").unlink()  # as if the run had died there
+    (out / "manifest.json").unlink()
+    status, printed, _ = run_cli(*words)
+    assert status == 0 and "1 of 2 shards are done already" in printed
+    assert len(set(rows(out))) == 30
+    assert (out / "shards" / "train-00000.tar.parquet").stat().st_mtime_ns == first
+
+    status, _, err = run_cli(*words, "ocr=fast")
+    assert status == 2 and "ocr.max_side_px: 960 -> 640" in err
+
+    status, printed, _ = run_cli("filter", f"annotations={out}", f"output={tmp_path / 'S'}", f"shards={tmp_path / 'F'}")
+    assert status == 0
+    assert read_json(str(tmp_path / "S" / "manifest.json"))["counts"] == {
+        "samples": 30,
+        "kept": 24,
+        "reasons": {"text_area": 4, "not_an_image": 2},
+    }
+    assert sorted(p.name for p in (tmp_path / "F").iterdir()) == ["train-00000.tar", "train-00001.tar"]
+
+
+def test_annotate_counts_a_damaged_shard_and_refuses_a_corpus_without_samples(
+    ray_cluster: None, run_cli: Cli, tmp_path: Path
+) -> None:
+    good = write_tar(tmp_path / "c" / "a.tar", [m for i in range(4) for m in sample(str(i), noise_jpeg(i))])
+    cut = write_tar(tmp_path / "c" / "b.tar", [m for i in range(4) for m in sample(str(i), noise_jpeg(i))])
+    cut.write_bytes(cut.read_bytes()[:5000])
+    status, printed, err = run_cli("annotate", f"corpus.path={tmp_path / 'c'}", f"output={tmp_path / 'A'}")
+    assert status == 0 and "shard b.tar is damaged, its good part is kept" in printed and "Traceback" not in err
+    assert 4 < len(rows(tmp_path / "A")) < 8
+
+    good.write_bytes(b"no tar at all " * 100)
+    status, _, err = run_cli("annotate", f"corpus.path={good}", f"output={tmp_path / 'B'}")
+    assert status == 2 and "no sample could be read from 1 shards" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def _start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raysys", *words], stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, limit_s: float = 180) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, f"ended before it could be killed:\n{log.read_text()}"
+        assert time.monotonic() < end, f"nothing to kill after {limit_s} s:\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+def test_annotate_killed_half_way_and_run_again_has_each_key_once(tmp_path: Path) -> None:
+    for shard in range(6):
+        members = [m for i in range(60) for m in sample(f"{shard}-{i}", text_jpeg(f"NUMBER {i}") if i % 2 else noise_jpeg(i, 224))]
+        write_tar(tmp_path / "c" / f"{shard}.tar", members)
+    words = ["annotate", f"corpus.path={tmp_path / 'c'}", f"output={tmp_path / 'A'}"]
+    log = tmp_path / "log"
+    process = _start(words, log)
+    done = tmp_path / "A" / "shards"
+    _wait_for(lambda: done.is_dir() and any(done.iterdir()), process, log)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = len(list(done.iterdir()))
+    assert kept < 6 and not (tmp_path / "A" / "manifest.json").exists()
+
+    again = subprocess.run([sys.executable, "-m", "raysys", *words], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "of 6 shards are done already" in again.stdout
+    assert len(rows(tmp_path / "A")) == len(set(rows(tmp_path / "A"))) == 360
+
+
+@pytest.fixture
+def plain_corpus(tmp_path: Path) -> Path:
+    for shard in range(2):
+        members = [m for i in range(20) for m in sample(f"{shard}{i:03d}", noise_jpeg(shard * 50 + i), f"picture {shard} {i}")]
+        write_tar(tmp_path / "plain" / f"{shard}.tar", members)
+    return tmp_path / "plain"
+
+
+def test_two_workers_give_the_losses_of_one(
+    ray_cluster: None, run_cli: Cli, tmp_path: Path, plain_corpus: Path, tiny_model: str
+) -> None:
+    losses = {}
+    for workers in (1, 2):
+        run = tmp_path / f"R{workers}"
+        status, printed, _ = run_cli(
+            "train",
+            f"corpus.path={plain_corpus}",
+            f"model={tiny_model}",
+            f"output={run}",
+            "train.steps=10",
+            f"num_workers={workers}",
+            *RECIPE,
+        )
+        assert status == 0 and "10 steps of 8" in printed
+        losses[workers] = [m["loss"] for m in read_metrics(str(run))]
+        assert sorted(p.name for p in run.iterdir()) == [
+            "checkpoints",
+            "manifest.json",
+            "metrics.jsonl",
+            "open_clip",
+            "settings.json",
+            "tensorboard",
+        ]
+    assert len(losses[1]) == 10 and losses[1] == pytest.approx(losses[2], abs=1e-4)
+    open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'R2'}/open_clip")
+
+    status, printed, _ = run_cli(
+        "train",
+        f"corpus.path={plain_corpus}",
+        f"model={tiny_model}",
+        f"output={tmp_path / 'R2'}",
+        "train.steps=10",
+        "num_workers=2",
+        *RECIPE,
+    )
+    assert status == 0 and "nothing is left to do" in printed
+
+
+def test_train_killed_and_run_again_gives_the_losses_of_the_run_never_killed(
+    tmp_path: Path, plain_corpus: Path, tiny_model: str
+) -> None:
+    words = [
+        "train",
+        f"corpus.path={plain_corpus}",
+        f"model={tiny_model}",
+        "num_workers=2",
+        *RECIPE,
+        "train.steps=400",
+        "train.checkpoint_every=40",
+    ]
+    log = tmp_path / "log"
+    killed = tmp_path / "killed"
+    process = _start([*words, f"output={killed}"], log)
+    _wait_for(lambda: (killed / "checkpoints" / "step-40").is_dir(), process, log)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "manifest.json").exists()
+    time.sleep(5)  # the workers of a killed driver live on for some seconds
+    for output in (killed, tmp_path / "whole"):
+        done = subprocess.run(
+            [sys.executable, "-m", "raysys", *words, f"output={output}"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("goes on after step" in done.stdout) == (output == killed)
+    a, b = ([(m["step"], m["loss"]) for m in read_metrics(str(run))] for run in (killed, tmp_path / "whole"))
+    assert [s for s, _ in a] == list(range(1, 401))
+    assert [x for _, x in a] == pytest.approx([x for _, x in b], abs=1e-4)
+
+
+def test_a_mistake_in_a_worker_is_one_line(ray_cluster: None, run_cli: Cli, tmp_path: Path, tiny_model: str) -> None:
+    write_tar(tmp_path / "c" / "0.tar", [m for i in range(8) for m in sample(str(i), b"junk" if i == 3 else noise_jpeg(i))])
+    status, _, err = run_cli(
+        "train", f"corpus.path={tmp_path / 'c'}", f"model={tiny_model}", f"output={tmp_path / 'R'}", "train.steps=2", *RECIPE
+    )
+    assert status == 2 and "not_an_image; annotate the corpus first" in err.splitlines()[-1]
+
+
+def _labelled_folder(folder: Path) -> Path:
+    for number, name in enumerate(("cat", "dog", "fish")):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            (folder / name / f"{i}.jpg").write_bytes(noise_jpeg(number * 10 + i, 120))
+    (folder.parent / "classes.json").write_text(json.dumps({"cat": "cat", "dog": "dog", "fish": "fish"}))
+    return folder
+
+
+def test_attack_then_evaluate_three_ways(ray_cluster: None, run_cli: Cli, tmp_path: Path, tiny_model: str) -> None:
+    val = _labelled_folder(tmp_path / "val")
+    classes = f"imagenet.classes={tmp_path / 'classes.json'}"
+    status, _, _ = run_cli("attack", f"imagenet.path={val}", classes, "attack.classes=random", f"output={tmp_path / 'O'}")
+    assert status == 0
+    table = pq.read_table(tmp_path / "O" / "attack.parquet").to_pylist()
+    assert len(table) == 9 and all(
+        row["text"] in ("cat", "dog", "fish") and row["true_class"] != row["written_class"] for row in table
+    )
+    assert len(list((tmp_path / "O").glob("*/*.jpg"))) == 9
+
+    test = write_tar(
+        tmp_path / "test.tar", [m for i in range(6) for m in sample(str(i), noise_jpeg(i), None, [f"one {i}", f"two {i}"])]
+    )
+    words = (
+        "evaluate", f"model={tiny_model}", "pretrained=random", "evaluators=[imagenet,imagenet_attr,retrieval]", f"imagenet.path={val}", classes,
+        f"imagenet_attr.path={tmp_path / 'O'}", f"retrieval.path={test}", f"output={tmp_path / 'E'}",
+    )  # fmt: skip
+    status, printed, _ = run_cli(*words)
+    assert status == 0 and "attack_success_rate" in printed
+    results = sorted((tmp_path / "E" / "results").iterdir())
+    assert [r.name.split("_tiny")[0] for r in results] == ["imagenet", "imagenet_attr", "retrieval"]
+    for file in results:
+        content = read_json(str(file))
+        assert list(content) == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+    assert run_cli("report", str(tmp_path / "E"))[0] == 0
+    assert (tmp_path / "E" / "report.html").is_file()
+
+
+def test_sweep_finds_a_point_that_train_accepts(
+    ray_cluster: None, run_cli: Cli, tmp_path: Path, small_corpus: Path, tiny_model: str
+) -> None:
+    assert run_cli("annotate", f"corpus.path={small_corpus}", f"output={tmp_path / 'A'}")[0] == 0
+    test = write_tar(tmp_path / "test.tar", [m for i in range(6) for m in sample(str(i), noise_jpeg(i), f"caption {i}")])
+    space = tmp_path / "space.yaml"
+    space.write_text("policy.max_text_area: [0.0, 1.0]\n")
+    words = (
+        "sweep", f"space={space}", f"corpus.path={small_corpus}", f"annotations={tmp_path / 'A'}", f"model={tiny_model}", "train.steps=3",
+        "evaluators=[retrieval]", f"retrieval.path={test}", f"output={tmp_path / 'W'}", *RECIPE,
+    )  # fmt: skip
+    status, printed, err = run_cli(*words)
+    assert status == 0, err
+    table = pq.read_table(tmp_path / "W" / "results.parquet").to_pylist()
+    assert [(r["status"], r["policy.max_text_area"], r["kept_share"]) for r in table] == [
+        ("finished", 0.0, 24 / 30),
+        ("finished", 1.0, 28 / 30),
+    ]
+    assert set(read_json(str(tmp_path / "W" / "front.json"))) <= {r["trial"] for r in table}
+
+    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "W" / "trials").glob("*/result.json")}
+    status, printed, _ = run_cli(*words)
+    assert status == 0 and "2 done already" in printed
+    assert finished == {p: p.stat().st_mtime_ns for p in (tmp_path / "W" / "trials").glob("*/result.json")}
+
+    status, printed, err = run_cli("train", f"config={tmp_path / 'W'}/best.yaml", f"output={tmp_path / 'R'}")
+    assert status == 0, err
+    assert "3 steps of 8" in printed
+    assert run_cli("report", str(tmp_path / "W"))[0] == 0
+
+
+def test_demo_from_raw_pictures_to_the_report(ray_cluster: None, run_cli: Cli, tmp_path: Path) -> None:
+    """The main job, short: numbers are not judged, the path is."""
+    status, printed, err = run_cli("demo", f"output={tmp_path / 'D'}", "num_scenes=1000", "train.steps=4", "train.log_every=1")
+    assert status == 0, err
+    assert "a wrong word on it" in printed
+    results = read_json(str(tmp_path / "D" / "results.json"))
+    for name in ("raw", "filtered"):
+        assert set(results[name]) == {"clean", "retrieval", "attacked"} and all(0 <= v <= 1 for v in results[name].values())
+    assert results["text_detector"]["recall"] > 0.9 and results["text_detector"]["false_positives"] < 0.1
+    page = (tmp_path / "D" / "report.html").read_text()
+    assert "data:image/jpeg" in page and "<polygon" in page
