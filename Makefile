@@ -18,8 +18,7 @@ demo: install  ## the whole pipeline on the embedded corpus
 test: install  ## unit tests and one real run a stage, at most 15 minutes
 	$(BIN)/python -m pytest -m "not long and not gpu"
 
-test-long: install  ## what make test leaves out: kills, paddlepaddle's own backend, browser
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[paddle]'
+test-long: install  ## what make test leaves out: processes that die, a real browser (chromium)
 	$(BIN)/python -m pytest -m "long"
 
 check: install  ## lint and types

@@ -123,10 +123,10 @@ def _draw(cfg: DemoConfig, output: Output) -> None:
 
 
 def _templates(output: Output) -> str:
-    """Prompts in the words of the captions."""
+    """The shortest captions of the corpus."""
     file = output.join("scenes", "templates.txt")
     with open(file, "w", encoding="utf-8") as opened:
-        opened.writelines(f"a {colour} {{}} {place}\n" for colour in scenes.COLOURS for place in scenes.PLACES)
+        opened.write("a photo of a {}\na {}\n")
     return file
 
 

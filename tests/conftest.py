@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +21,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+TINY_VIT = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
 Members = list[tuple[str, bytes]]
 
 
@@ -57,6 +66,26 @@ def sample(key: str, image: bytes | None, caption: str | None = "a thing", capti
 
 
 @pytest.fixture
+def tiny_model(tmp_path: Path) -> str:
+    """A ViT without dropout and batch norm: any number of workers trains it alike."""
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY_VIT))
+    return str(file)
+
+
+@pytest.fixture
+def plain_corpus(tmp_path: Path) -> Path:
+    """Two shards of 20 pictures without text."""
+    for shard in range(2):
+        members: Members = []
+        for i in range(20):
+            caption = f"picture {shard} {i}"
+            members += sample(f"{shard}{i:03d}", noise_jpeg(shard * 50 + i), caption, [caption, f"no. {i}"])
+        write_tar(tmp_path / "plain" / f"{shard}.tar", members)
+    return tmp_path / "plain"
+
+
+@pytest.fixture
 def small_corpus(tmp_path: Path) -> Path:
     """Two shards of 12 plain pictures, two with text and one that is broken."""
     for shard in range(2):
@@ -86,8 +115,6 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Call the command line in this process: (status, stdout, stderr)."""
-    import sys
-
     from raysys import cli
 
     def call(*words: str) -> tuple[int, str, str]:
@@ -104,3 +131,18 @@ def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         return status, out, err
 
     return call
+
+
+def start_cli(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "raysys", *words], stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, limit_s: float = 180) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, f"ended before it could be killed:\n{log.read_text()}"
+        assert time.monotonic() < end, f"nothing to kill after {limit_s} s:\n{log.read_text()}"
+        time.sleep(0.05)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -28,28 +27,7 @@ from raysys.training.metrics import read_metrics
 from raysys.training.samples import choose_samples
 from raysys.training.step import learning_rate
 
-TINY_VIT = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 LOCAL = Host(rank=0, world_size=1, device=torch.device("cpu"))
-
-
-@pytest.fixture
-def tiny_model(tmp_path: Path) -> str:
-    file = tmp_path / "tiny.json"
-    file.write_text(json.dumps(TINY_VIT))
-    return str(file)
-
-
-@pytest.fixture
-def plain_corpus(tmp_path: Path) -> Path:
-    members = [
-        m for i in range(40) for m in sample(f"{i:04d}", noise_jpeg(i), f"picture number {i}", [f"picture number {i}", f"no. {i}"])
-    ]
-    write_tar(tmp_path / "plain" / "train-0.tar", members)
-    return tmp_path / "plain"
 
 
 def config(tmp_path: Path, corpus: Path, model: str, **more: Any) -> TrainConfig:

@@ -227,7 +227,7 @@ def _distractor(rng: np.random.Generator, draw: ImageDraw.ImageDraw, largest_px:
 
 
 def _object(rng: np.random.Generator, draw: ImageDraw.ImageDraw, subject: Subject) -> None:
-    radius = _DRAW * rng.uniform(17, 38)
+    radius = _DRAW * rng.uniform(22, 42)
     angle = np.radians(rng.uniform(-28, 28))
     stretch = rng.uniform(0.82, 1.18) * rng.choice([-1, 1])  # negative: mirrored
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -316,7 +316,7 @@ def _write(rng: np.random.Generator, image: Image.Image, lines: list[str]) -> st
 
 # ---- Scenes ----
 
-_SAYS = (0.5, 0.15, 0.15, 0.2)  # shares of captions that say: colour and place, colour, place, neither
+_SAYS = (0.3, 0.3, 0.1, 0.3)  # shares of captions that say: colour and place, colour, place, neither
 _PHOTO_SHARE = 0.3  # of captions that begin with "a photo of"
 
 
