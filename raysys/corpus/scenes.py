@@ -265,7 +265,7 @@ def _picture(rng: np.random.Generator, subject: Subject, has_object: bool) -> Im
 # ---- Writing on a picture ----
 
 _LUMA = np.array((0.299, 0.587, 0.114))
-_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "")
+_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "")
 
 
 @functools.cache
@@ -282,7 +282,7 @@ def _lines(rng: np.random.Generator, kind: str, colour: str, place: str) -> list
     """Words of the caption, one to three lines, the kind always among them."""
     choices = [[kind], [f"{colour} {kind}".strip()], [colour, kind], [kind, place], [colour, kind, place]]
     case = [str.lower, str.upper, str.title][rng.choice(3, p=[0.5, 0.25, 0.25])]
-    chosen = choices[rng.choice(len(choices), p=[0.4, 0.15, 0.2, 0.15, 0.1])]
+    chosen = choices[rng.choice(len(choices), p=[0.7, 0.1, 0.1, 0.05, 0.05])]
     return [case(line) for line in chosen if line]
 
 
@@ -291,7 +291,7 @@ def _write(rng: np.random.Generator, image: Image.Image, lines: list[str]) -> st
     draw = ImageDraw.Draw(image)
     text = "\n".join(lines)
     name = _FONTS[rng.integers(len(_FONTS))]
-    size = int(rng.integers(13, 25))
+    size = int(rng.integers(20, 34))  # as large as product names and memes are, so far as the line fits
     while True:
         left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=_font(name, size), spacing=2, align="center")
         if right - left <= SIDE_PX - 10 or size <= 11:
