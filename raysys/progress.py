@@ -9,9 +9,10 @@ import time
 class Progress:
     """``stage  done/total  rate  time left``; call :meth:`advance` as work ends and :meth:`close` at the end."""
 
-    def __init__(self, stage: str, total: int, unit: str) -> None:
+    def __init__(self, stage: str, total: int, unit: str, *, already: int = 0) -> None:
+        """:param already: done by an earlier call; it counts in done/total, not in the rate."""
         self._stage, self._total, self._unit = stage, total, unit
-        self._done = 0
+        self._done, self._already = already, already
         self._extra = 0
         self._started = time.monotonic()
         self._live = sys.stderr.isatty()
@@ -26,8 +27,9 @@ class Progress:
             return
         self._last = now
         spent = max(now - self._started, 1e-9)
-        rate = (self._extra or self._done) / spent
-        left = spent / max(self._done, 1) * (self._total - self._done)
+        now_done = max(self._done - self._already, 1)
+        rate = (self._extra or now_done) / spent
+        left = spent / now_done * (self._total - self._done)
         unit = "samples" if self._extra else self._unit
         text = f"{self._stage}  {self._done}/{self._total} {self._unit}  {rate:.1f} {unit}/s  {left:.0f} s left"
         text += f"  {note}" if note else ""

@@ -6,6 +6,7 @@ is there is finished; any other is taken up from its checkpoints when the same w
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 from dataclasses import asdict, fields, replace
@@ -118,7 +119,8 @@ def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig],
         tune_config=tune.TuneConfig(max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(name="ray", storage_path=output.join("_ray"), verbose=0, callbacks=[Follow()]),
     )
-    grid = tuner.fit()
+    with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a line a trial, whatever its verbosity; ours follow
+        grid = tuner.fit()
     progress.close()
     ray.kill(service)
     for result in (grid[i] for i in range(len(grid))):

@@ -58,7 +58,7 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     if there:
         print(f"train: goes on after step {there[-1]} of {cfg.train.steps}")
     print(f"train: {len(index)} of {index.num_samples_before} samples are kept" + _reasons(index), flush=True)
-    with ray_session(cfg.ray), _progress(run, cfg.train.steps):
+    with ray_session(cfg.ray), _progress(run, cfg.train.steps, already=there[-1] if there else 0):
         _fit(cfg, run, index, concurrent_runs)
     metrics = read_metrics(run.path)
     counts = {
@@ -124,12 +124,12 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _progress(run: Output, steps: int) -> Iterator[None]:
+def _progress(run: Output, steps: int, *, already: int) -> Iterator[None]:
     """Show the run's progress while the workers write its log."""
     stop = threading.Event()
 
     def follow() -> None:
-        progress, shown = Progress("train", steps, "steps"), 0
+        progress, shown = Progress("train", steps, "steps", already=already), already
         while not stop.wait(2.0):
             lines = read_metrics(run.path)
             if lines and lines[-1]["step"] > shown:
