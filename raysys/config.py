@@ -224,11 +224,9 @@ class AttackConfig:
 
 
 @dataclass
-class EvaluateConfig:
-    output: str = MISSING
-    model: str = MISSING
-    pretrained: str | None = None
-    """open_clip's tag, a file, or the word ``random``; not needed for run folders and ``local-dir:``."""
+class QuestionsConfig:
+    """What a model is asked, and where the pictures are."""
+
     evaluators: list[str] = MISSING
     """Some of imagenet, coco, retrieval, imagenet_attr."""
     imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
@@ -238,24 +236,26 @@ class EvaluateConfig:
     batch_size: int = 64
     num_gpus: float = 0.0
     """Share of a GPU for the evaluator."""
+
+
+@dataclass
+class EvaluateConfig(QuestionsConfig):
+    output: str = MISSING
+    model: str = MISSING
+    pretrained: str | None = None
+    """open_clip's tag, a file, or the word ``random``; not needed for run folders and ``local-dir:``."""
     ray: RayConfig = field(default_factory=RayConfig)
 
 
 @dataclass
-class SweepConfig(TrainConfig):
+class SweepConfig(QuestionsConfig, TrainConfig):
+    """One evaluator serves all trials."""
+
     space: str = MISSING
     """Name in conf/space or a YAML file: dotted key of the train config -> list of values."""
     num_samples: int = 1
     """How often the grid is repeated (with seeds ``seed``, ``seed + 1``, ...)."""
     max_concurrent: int = 1
-    evaluators: list[str] = MISSING
-    imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
-    imagenet_attr: ClassSetConfig = field(default_factory=ClassSetConfig)
-    coco: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
-    retrieval: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
-    batch_size: int = 64
-    num_gpus: float = 0.0
-    """Share of a GPU for the evaluator that all trials share."""
 
 
 @dataclass
@@ -355,7 +355,7 @@ def check_recipe(cfg: TrainConfig | DemoConfig) -> None:
     _require(batch % workers == 0, f"global_batch={batch} is not a multiple of num_workers={workers}; try {nearest}")
 
 
-def check_evaluators(cfg: EvaluateConfig | SweepConfig) -> None:
+def check_evaluators(cfg: QuestionsConfig) -> None:
     _require(len(cfg.evaluators) > 0, f"evaluators is empty; choose from {', '.join(EVALUATORS)}")
     for name in cfg.evaluators:
         _one_of("evaluators", name, EVALUATORS)
@@ -371,7 +371,7 @@ def check(cfg: Any) -> None:
         check_policy(cfg.policy)
     if isinstance(cfg, TrainConfig | DemoConfig):
         check_recipe(cfg)
-    if isinstance(cfg, EvaluateConfig | SweepConfig):
+    if isinstance(cfg, QuestionsConfig):
         check_evaluators(cfg)
     if isinstance(cfg, TrainConfig):
         _require(

@@ -21,7 +21,7 @@ import ray
 import torch
 
 from raysys.cluster import ray_session, require
-from raysys.config import AttackConfig, AttackSettings, EvaluateConfig, SweepConfig
+from raysys.config import AttackConfig, AttackSettings, EvaluateConfig, QuestionsConfig
 from raysys.evaluation.attack import RANDOM, attack_table, choose_written, draw_attack, font_file, to_jpeg
 from raysys.evaluation.datasets import ATTACK_FILE, CLASSES_FILE, Picture, open_picture, read_class_set
 from raysys.evaluation.evaluator import ATTACKED, Evaluator, SetConfig, SetResult, Step, acc1_drop, read_set
@@ -116,7 +116,7 @@ class EvaluatorService:
         yield from self._evaluator.steps(model, pretrained, names)
 
 
-def evaluator_sets(cfg: EvaluateConfig | SweepConfig) -> dict[str, SetConfig]:
+def evaluator_sets(cfg: QuestionsConfig) -> dict[str, SetConfig]:
     """The sets that a config asks for, with paths that hold on any process of this machine.
 
     Each is read once here: a missing one is refused before anything runs.

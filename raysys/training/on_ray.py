@@ -45,8 +45,8 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     :param concurrent_runs: runs that share the machine (their workers share its cores).
     :raises UserError: where words, corpus and cluster do not fit each other.
     """
+    check_model(cfg.model, cfg.pretrained)
     index, evidence = choose_samples(cfg)
-    check_model(cfg.model, cfg.pretrained)  # a wrong name must not wait for a GPU
     settings = settings_of(cfg) | {"evidence": evidence}
     run = open_output(
         cfg.output, "train", settings, not_in_fingerprint=("num_workers", "use_gpu", "corpus", "annotations", "selection")
