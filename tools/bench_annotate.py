@@ -19,7 +19,7 @@ from raysys.config import OcrConfig
 from raysys.corpus.scenes import draw_scene
 from raysys.regions.annotator import Annotator
 
-NUM_PICTURES = 200
+NUM_PICTURES = 60
 TURN = 20
 Look = Callable[[bytes], int]
 
