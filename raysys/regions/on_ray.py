@@ -43,7 +43,8 @@ def annotate(cfg: AnnotateConfig) -> None:
     settings["corpus"] = {"path": cfg.corpus.path, "root": corpus.root}
     pool = {key: settings["ocr"].pop(key) for key in ("num_actors", "num_gpus_per_actor", "model_dir")}
     output = open_output(cfg.output, "annotate", settings | {"pool": pool}, not_in_fingerprint=("pool", "corpus"))
-    todo = [s for s in corpus.shards if shard_name(s) not in done_shards(output)]
+    done = done_shards(output)
+    todo = [s for s in corpus.shards if shard_name(s) not in done]
     if not todo:
         print(f"annotate: nothing is left to do, all {len(corpus.shards)} shards are annotated")
     else:
