@@ -18,7 +18,8 @@ demo: install  ## the whole pipeline on the embedded corpus
 test: install  ## unit tests and one real run a stage, at most 15 minutes
 	$(BIN)/python -m pytest -m "not long and not gpu"
 
-test-long: install  ## what make test leaves out: processes that die, a real browser (chromium)
+test-long: install  ## what make test leaves out: processes that die, a real browser (chromium), paddlepaddle
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,paddle]'
 	$(BIN)/python -m pytest -m "long"
 
 check: install  ## lint and types
@@ -27,6 +28,7 @@ check: install  ## lint and types
 	$(BIN)/mypy
 
 bench: install  ## speed against references; writes outputs/bench/*.json
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	for tool in tools/bench_*.py; do $(BIN)/python $$tool || exit 1; done
 
 clean:

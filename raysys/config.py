@@ -13,7 +13,7 @@ from typing import Any
 
 MISSING: Any = "???"  # OmegaConf's marker for "the user must say it"
 
-ENGINES = ("onnx", "paddle")
+ENGINES = ("onnx", "openvino", "paddle", "torch")
 EVALUATORS = ("imagenet", "coco", "retrieval", "imagenet_attr")
 PRECISIONS = ("fp32", "amp_bf16")
 
@@ -33,31 +33,62 @@ class RayConfig:
 
 
 @dataclass
+class LookConfig:
+    """One look at a whole picture. Names of detectors are PaddleOCR's."""
+
+    detector: str = "PP-OCRv6_tiny_det"
+    enlarge: float = 1.0
+    """Factor by which a picture is enlarged (never past ``max_side_px``): small text needs it, at a price."""
+    max_side_px: int = 960
+    """Long side of the detector's input; larger pictures are shrunk to it."""
+
+
+def _default_looks() -> list[LookConfig]:
+    return [LookConfig(), LookConfig("PP-OCRv4_mobile_det", enlarge=2.0)]
+
+
+@dataclass
 class OcrConfig:
-    """How a picture is looked at. Everything but the pool's size belongs to the fingerprint of the annotations."""
+    """How a picture is looked at. Everything but the last group (the pool) belongs to the fingerprint of the annotations."""
 
     engine: str = "onnx"
-    """``onnx``: ONNX Runtime on the models below; ``paddle``: PaddleOCR's TextDetection and TextRecognition."""
+    """``onnx``: ONNX Runtime; ``openvino``: OpenVINO, for CPUs; ``torch``: batches, for GPUs; ``paddle``: PaddleOCR itself."""
+    backend: str = "onnxruntime"
+    """Of the engine ``paddle``: ``onnxruntime``, or ``paddle_static`` where paddlepaddle is installed (``raysys[paddle]``)."""
+    precision: str = "fp32"
+    """``fp32``, or ``bf16`` with the engines ``torch`` and ``openvino`` (fp16 breaks PP-OCRv4)."""
     model_dir: str | None = None
-    """Folder with ``det.onnx`` and ``rec.onnx``; null takes PP-OCRv4 mobile from the rapidocr-onnxruntime wheel."""
-    enlarge: float = 1.0
-    """Factor by which a picture is enlarged before detection (never past ``max_side_px``): small text needs it, at a price."""
-    max_side_px: int = 960
-    """Long side of the detector's input; larger pictures are shrunk to it. Measured: recall .96 on ICDAR 2015 (640: .80)."""
+    """Folder with ``NAME.onnx`` for every network named below; null takes them from the wheels that raysys depends on."""
+    looks: list[LookConfig] = field(default_factory=_default_looks)
+    """A cascade: a picture gets the next look only where no text was read for sure (``sure_text_score``) before."""
+    sure_text_score: float = 0.8
+    """A region of three letters or digits read with at least this mean probability settles it; 1 takes every look at every picture."""
+    recognize: bool = True
+    """Read every stored region. Without it a third of plain photographs would be called text (see README, limits)."""
+    recognizer: str = "PP-OCRv6_small_rec"
     pixel_threshold: float = 0.3
     """Text probability above which a pixel belongs to a region (PP-OCR's default)."""
     store_score: float = 0.3
     """Regions below this mean probability are not stored; policies may only ask for more."""
     unclip_ratio: float = 1.5
     """Growth of the shrunken text kernel, Vatti clipping: offset = area * ratio / perimeter (DB, arXiv:1911.08947, eq. 4)."""
-    recognize: bool = True
-    """Read every stored region. Without it a third of plain photographs would be called text (see README, limits)."""
     max_regions: int = 200
     """Regions stored of one picture, best score first; a page of a book has more and is decided long before."""
+
     num_actors: int = 0
-    """OCR actors; 0 is one for each CPU of the cluster. One thread each: batching and threads only cost on a CPU."""
+    """OCR actors; 0 is one for each CPU of the cluster, or for each GPU share. One thread each: more threads only cost on a CPU."""
     num_gpus_per_actor: float = 0.0
-    """Share of a GPU for each actor (needs onnxruntime-gpu)."""
+    """Share of a GPU for each actor: engine torch, or onnx and paddle with onnxruntime-gpu."""
+    batch: int = 16
+    """Pictures that go through the looks together. A CPU gains nothing from more; a GPU wants 256 (``torch`` batches equal shapes)."""
+    decode_threads: int = 1
+    """Threads of an actor that read and decode ahead of the networks; a GPU wants 8 and more."""
+    compile: bool = False
+    """torch.compile the networks of the engine ``torch``: minutes at the start, faster after."""
+
+
+POOL_KEYS = ("num_actors", "num_gpus_per_actor", "batch", "decode_threads", "compile", "model_dir")
+"""Keys of OcrConfig that change the speed and not the annotations (the models' hashes stand for ``model_dir``)."""
 
 
 @dataclass
@@ -65,9 +96,9 @@ class PolicyConfig:
     """Which regions count (first four), then which samples go (last three). See :mod:`raysys.policy.policy`."""
 
     name: str = "paper"
-    min_score: float = 0.6
-    """Smallest detection score of a counting region, 0..1."""
-    min_text_score: float = 0.5
+    min_score: float = 0.4
+    """Smallest detection score of a counting region, 0..1. Low: a reading proves more than a box (README, text regions)."""
+    min_text_score: float = 0.55
     """Smallest recognition score of a counting region: boxes alone throw good photographs away."""
     min_text_chars: int = 2
     """Fewest letters or digits read in a counting region."""
@@ -314,11 +345,26 @@ def _share(key: str, value: float) -> None:
 
 def check_ocr(ocr: OcrConfig) -> None:
     _one_of("ocr.engine", ocr.engine, ENGINES)
-    for key in ("pixel_threshold", "store_score", "num_gpus_per_actor"):
+    _one_of("ocr.backend", ocr.backend, ("onnxruntime", "paddle_static"))
+    _one_of("ocr.precision", ocr.precision, ("fp32", "bf16"))
+    _require(ocr.backend == "onnxruntime" or ocr.engine == "paddle", f"ocr.backend={ocr.backend} needs ocr.engine=paddle")
+    _require(
+        ocr.precision == "fp32" or ocr.engine in ("torch", "openvino"), "ocr.precision=bf16 needs ocr.engine=torch or openvino"
+    )
+    _require(not ocr.compile or ocr.engine == "torch", "ocr.compile=true needs ocr.engine=torch")
+    _require(
+        ocr.num_gpus_per_actor == 0 or ocr.engine != "openvino",
+        "ocr.engine=openvino runs on CPUs; leave ocr.num_gpus_per_actor at 0",
+    )
+    for key in ("pixel_threshold", "store_score", "num_gpus_per_actor", "sure_text_score"):
         _share(f"ocr.{key}", getattr(ocr, key))
-    for key in ("enlarge", "max_side_px", "unclip_ratio", "max_regions"):
+    for key in ("unclip_ratio", "max_regions", "batch", "decode_threads"):
         _positive(f"ocr.{key}", getattr(ocr, key))
-    _require(ocr.max_side_px % 32 == 0, f"ocr.max_side_px={ocr.max_side_px} must be a multiple of 32")
+    _require(len(ocr.looks) > 0, "ocr.looks is empty: there must be at least one look")
+    for number, look in enumerate(ocr.looks):
+        for key in ("enlarge", "max_side_px"):
+            _positive(f"ocr.looks[{number}].{key}", getattr(look, key))
+        _require(look.max_side_px % 32 == 0, f"ocr.looks[{number}].max_side_px={look.max_side_px} must be a multiple of 32")
     _require(ocr.num_actors >= 0, f"ocr.num_actors={ocr.num_actors} must not be negative")
 
 

@@ -48,7 +48,7 @@ def test_paper_drops_every_counting_region() -> None:
 
 
 def test_what_does_not_count_does_not_drop() -> None:
-    faint = _region(0, 0, 0.5, 0.5, score=0.5)
+    faint = _region(0, 0, 0.5, 0.5, score=0.35)
     unread = _region(0, 0, 0.5, 0.5, text_score=0.3)
     one_letter = _region(0, 0, 0.5, 0.5, text="I.")
     assert _judge(PAPER, _row(faint), _row(unread), _row(one_letter), _row(faint, _region(0, 0, 0.1, 0.1))) == [
@@ -71,7 +71,7 @@ def test_none_keeps_text_but_never_a_broken_or_captionless_sample() -> None:
 
 def test_area_counts_overlap_once_and_only_what_counts() -> None:
     a, b = _region(0, 0, 0.4, 0.5), _region(0, 0, 0.4, 0.5)
-    ghost = _region(0.5, 0.5, 1, 1, score=0.4)
+    ghost = _region(0.5, 0.5, 1, 1, score=0.35)
     policy = PolicyConfig(name="area", max_text_area=0.3)
     # union of all: .2 + .25 (ghost); of those that count: .2, though their sum is .4
     assert _judge(policy, _row(a, b, ghost, text_area=0.45)) == [None]

@@ -41,10 +41,11 @@ class Picture:
     """Of the whole picture, pixels, after EXIF orientation."""
 
 
-def decode(data: bytes | None, *, min_side_px: int | None = None) -> Picture:
+def decode(data: bytes | None, *, min_side_px: int | None = None, min_long_side_px: int | None = None) -> Picture:
     """Decode a picture.
 
     :param min_side_px: JPEGs are decoded at the smallest DCT scale (1/1 ... 1/8) whose short side is at least this.
+    :param min_long_side_px: the same for the long side.
     :raises BrokenImage: with the reason.
     """
     if data is None:
@@ -59,10 +60,15 @@ def decode(data: bytes | None, *, min_side_px: int | None = None) -> Picture:
             if width * height > MAX_PIXELS:
                 raise BrokenImage(TOO_LARGE)
             turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap width and height
-            if min_side_px is not None:
-                shrink = min(width, height) / min_side_px
-                if shrink > 1:
-                    image.draft("RGB", (int(width / shrink), int(height / shrink)))
+            shrink = (
+                min(width, height) / min_side_px
+                if min_side_px
+                else max(width, height) / min_long_side_px
+                if min_long_side_px
+                else 1
+            )
+            if shrink > 1:
+                image.draft("RGB", (int(width / shrink), int(height / shrink)))
             rgb = to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise BrokenImage(NOT_AN_IMAGE) from error

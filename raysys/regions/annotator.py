@@ -6,22 +6,28 @@ In: samples of :mod:`raysys.corpus.shards`. Out: rows with the columns of ``SCHE
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysys.config import OcrConfig
-from raysys.corpus.images import BrokenImage, decode
-from raysys.corpus.shards import DamagedShard, iter_samples
-from raysys.regions.detector import Detector, OnnxDetector, PaddleDetector
-from raysys.regions.geometry import polygon_area, union_area
-from raysys.regions.models import find_models
-from raysys.regions.recognizer import OnnxRecognizer, PaddleRecognizer, Recognizer
+from raysys.config import LookConfig, OcrConfig
+from raysys.corpus.images import BrokenImage, Picture, decode
+from raysys.corpus.prefetch import prefetch
+from raysys.corpus.shards import DamagedShard, Sample, iter_samples
+from raysys.regions.detector import Boxes, Detector, input_size
+from raysys.regions.engine import open_engine
+from raysys.regions.geometry import keep_best, polygon_area, union_area
+from raysys.regions.recognizer import Reading, cut_out
 from raysys.storage import identity
+
+T = TypeVar("T")
 
 REGION = pa.struct(
     [
@@ -60,38 +66,133 @@ class Look:
     error: str | None = None
 
 
+@dataclass
+class _Regions:
+    """What the looks at one picture found so far."""
+
+    corners: np.ndarray = field(default_factory=lambda: np.zeros((0, 4, 2), np.float32))
+    """[N, 4, 2] in pixels of the decoded picture."""
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    readings: list[Reading | None] = field(default_factory=list)
+
+    def add(self, boxes: Boxes, readings: Sequence[Reading | None], most: int) -> None:
+        """What another look found; of two that overlap, the one with more letters read for sure stays."""
+        first = len(self.scores) == 0
+        self.corners = np.concatenate([self.corners, boxes.corners])
+        self.scores = np.concatenate([self.scores, boxes.scores])
+        self.readings = [*self.readings, *readings]
+        if first or len(boxes.scores) == 0:
+            return
+        sure = np.array([letters(r.text) * r.score if r else 0.0 for r in self.readings])
+        kept = keep_best(self.corners, sure + self.scores * 1e-3)
+        kept = kept[np.argsort(-self.scores[kept], kind="stable")][:most]
+        self.corners, self.scores = self.corners[kept], self.scores[kept]
+        self.readings = [self.readings[i] for i in kept]
+
+    def settled(self, text_score: float) -> bool:
+        """Whether a region says for sure that there is text, so that no further look is needed."""
+        return any(
+            score >= _SURE_SCORE and reading is not None and reading.score >= text_score and letters(reading.text) >= _SURE_LETTERS
+            for score, reading in zip(self.scores, self.readings, strict=True)
+        )
+
+
+_SURE_SCORE = 0.5
+_SURE_LETTERS = 3
+"""What a sure region needs beside its text score: with .8 of that, none of 340 photographs without text was settled wrongly."""
+_SPARE = 1.5
+"""Pictures are decoded at no less than this times the side of the largest look, so that lines are read at more than its pixels."""
+
+
 class Annotator:
-    """Detector and recogniser of one process."""
+    """Detectors and recogniser of one process."""
 
     def __init__(self, ocr: OcrConfig) -> None:
-        models = find_models(ocr)
         cv2.setNumThreads(1)
-        self._detector: Detector = PaddleDetector(ocr, models) if ocr.engine == "paddle" else OnnxDetector(ocr, models)
-        self._recognizer: Recognizer | None = None
-        if ocr.recognize:
-            self._recognizer = PaddleRecognizer(ocr, models) if ocr.engine == "paddle" else OnnxRecognizer(ocr, models)
+        self._ocr = ocr
+        self._engine = open_engine(ocr)
+        self._min_side_px = int(_SPARE * max(look.max_side_px for look in ocr.looks))
 
     def look(self, data: bytes | None) -> Look:
         """Find and read the text of a picture; a broken one gets a reason."""
+        return next(look for _, look in self.look_all([("", data)]))
+
+    def look_all(self, pictures: Iterable[tuple[T, bytes | None]]) -> Iterator[tuple[T, Look]]:
+        """Looks at any number of pictures, in order, each with what came with it. Reading and decoding run ahead in threads."""
+        opened = prefetch(pictures, self._open, threads=self._ocr.decode_threads, ahead=2 * self._ocr.batch)
+        while batch := list(itertools.islice(opened, self._ocr.batch)):
+            yield from zip((label for label, _ in batch), self._look_at([picture for _, picture in batch]), strict=True)
+
+    def _open(self, item: tuple[T, bytes | None]) -> tuple[T, Picture | BrokenImage]:
+        label, data = item
         try:
-            picture = decode(data)
+            picture = decode(data, min_long_side_px=self._min_side_px)
         except BrokenImage as broken:
-            return Look(error=broken.reason)
-        height, width = picture.pixels.shape[:2]
-        boxes = self._detector.detect(picture.pixels)
-        readings = self._recognizer.read(picture.pixels, boxes.corners) if self._recognizer else [None] * len(boxes.corners)
-        polygons = boxes.corners / np.array([width, height], dtype=np.float32)
-        regions: list[dict[str, object]] = [
-            {
-                "polygon": polygon.reshape(-1).tolist(),
-                "score": float(score),
-                "area": polygon_area(polygon),
-                "text": reading.text if reading else None,
-                "text_score": reading.score if reading else None,
-            }
-            for polygon, score, reading in zip(polygons, boxes.scores, readings, strict=True)
+            return label, broken
+        shrink = self._min_side_px / max(picture.pixels.shape)
+        if shrink < 0.5:  # what no DCT scale could shrink; some of these wait in memory
+            picture.pixels = cv2.resize(picture.pixels, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        return label, picture
+
+    def _look_at(self, opened: list[Picture | BrokenImage]) -> list[Look]:
+        pictures = {i: picture for i, picture in enumerate(opened) if isinstance(picture, Picture)}
+        found = {i: _Regions() for i in pictures}
+        for detector, look in zip(self._engine.detectors, self._ocr.looks, strict=True):
+            open_cases = [i for i in pictures if not found[i].settled(self._ocr.sure_text_score)]
+            for i, (boxes, readings) in zip(
+                open_cases, self._detect(detector, look, [pictures[i] for i in open_cases]), strict=True
+            ):
+                found[i].add(boxes, readings, self._ocr.max_regions)
+        return [
+            _look_of(picture, found[i]) if isinstance(picture, Picture) else Look(error=picture.reason)
+            for i, picture in enumerate(opened)
         ]
-        return Look(picture.width, picture.height, regions, union_area(polygons))
+
+    def _detect(
+        self, detector: Detector, look: LookConfig, pictures: list[Picture]
+    ) -> Iterator[tuple[Boxes, Sequence[Reading | None]]]:
+        """Boxes in pixels of the decoded pictures, and what stands in them."""
+        inputs = []
+        for picture in pictures:
+            size = input_size(picture.width, picture.height, enlarge=look.enlarge, max_side_px=look.max_side_px)
+            inputs.append(cv2.resize(picture.pixels, size, interpolation=cv2.INTER_LINEAR))
+        found = detector.detect(inputs)
+        for boxes, shown, picture in zip(found, inputs, pictures, strict=True):
+            boxes.corners = boxes.corners * _scale(shown, picture.pixels)
+        recognizer = self._engine.recognizer
+        if recognizer is None:
+            yield from ((boxes, [None] * len(boxes.scores)) for boxes in found)
+            return
+        lines = [cut_out(p.pixels, corners) for p, boxes in zip(pictures, found, strict=True) for corners in boxes.corners]
+        readings = iter(recognizer.read(lines))
+        for boxes in found:
+            yield boxes, list(itertools.islice(readings, len(boxes.scores)))
+
+
+def _scale(shown: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """Pixels of the picture for one pixel of what the detector was shown, (x, y)."""
+    return np.array([picture.shape[1] / shown.shape[1], picture.shape[0] / shown.shape[0]], dtype=np.float32)
+
+
+def _look_of(picture: Picture, found: _Regions) -> Look:
+    height, width = picture.pixels.shape[:2]
+    polygons = found.corners / np.array([width, height], dtype=np.float32)
+    regions: list[dict[str, object]] = [
+        {
+            "polygon": polygon.reshape(-1).tolist(),
+            "score": float(score),
+            "area": polygon_area(polygon),
+            "text": reading.text if reading else None,
+            "text_score": reading.score if reading else None,
+        }
+        for polygon, score, reading in zip(polygons, found.scores, found.readings, strict=True)
+    ]
+    return Look(picture.width, picture.height, regions, union_area(polygons))
+
+
+def letters(text: str) -> int:
+    """How many letters and digits."""
+    return sum(character.isalnum() for character in text)
 
 
 @dataclass
@@ -113,29 +214,35 @@ def annotate_shard(path: str, name: str, annotator: Annotator) -> pa.Table:
     """
     before = identity(path)
     rows: list[dict[str, object]] = []
-    damaged = ""
+    damage: list[str] = []
+    for sample, look in annotator.look_all(_with_pictures(path, damage)):
+        rows.append(
+            {
+                "shard": name,
+                "index": sample.index,
+                "key": sample.key,
+                "offset": sample.offset,
+                "size": sample.size,
+                "caption": sample.captions,
+                "width": look.width,
+                "height": look.height,
+                "regions": look.regions,
+                "text_area": look.text_area,
+                "error": look.error,
+            }
+        )
+    metadata = {"raysys.identity": before, "raysys.damaged": "; ".join(damage)}
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
+
+
+def _with_pictures(path: str, damage: list[str]) -> Iterator[tuple[Sample, bytes | None]]:
+    """Samples, and their pictures, which nothing holds on to once they are looked at; a damaged shard's good part, and the reason."""
     try:
         for sample in iter_samples(path):
-            look = annotator.look(sample.image)
-            rows.append(
-                {
-                    "shard": name,
-                    "index": sample.index,
-                    "key": sample.key,
-                    "offset": sample.offset,
-                    "size": sample.size,
-                    "caption": sample.captions,
-                    "width": look.width,
-                    "height": look.height,
-                    "regions": look.regions,
-                    "text_area": look.text_area,
-                    "error": look.error,
-                }
-            )
+            data, sample.image = sample.image, None
+            yield sample, data
     except DamagedShard as error:
-        damaged = str(error) or "damaged"
-    metadata = {"raysys.identity": before, "raysys.damaged": damaged}
-    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
+        damage.append(str(error) or "damaged")
 
 
 def to_parquet(table: pa.Table, *, fingerprint: str) -> bytes:

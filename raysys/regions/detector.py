@@ -1,26 +1,22 @@
-"""Where the text is: pictures -> boxes, by PP-OCR's DB detector (arXiv:1911.08947).
+"""Where the text is: pictures -> boxes, by PP-OCR's DB detector (arXiv:1911.08947). What all engines share.
 
-In: uint8 RGB [H, W, 3]. Out: :class:`Boxes` in pixels of that picture. Two engines: ONNX Runtime on the bare network with our own
-pre- and post-processing, and PaddleOCR's TextDetection. Both run one picture at a time on one thread: on a CPU, batches and
-threads cost more per picture than they bring.
+In: uint8 RGB [H, W, 3] at the network's size (:func:`input_size`). Out: :class:`Boxes` in pixels of that input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
-import pyclipper
 
 from raysys.config import OcrConfig
-from raysys.regions.geometry import order_corners
-from raysys.regions.models import ModelFiles, onnx_session, paddle_det_folder
 
 # ImageNet's mean and standard deviation, in PP-OCR's channel order (B, G, R), scaled to 0..255.
-_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32) * 255
-_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32) * 255
+MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32) * 255
+STD = np.array([0.229, 0.224, 0.225], dtype=np.float32) * 255
 _MIN_SIDE_PX = 3
 """Kernels with a shorter side than this (detector's pixels) are noise (PP-OCR's default)."""
 
@@ -28,13 +24,19 @@ _MIN_SIDE_PX = 3
 @dataclass
 class Boxes:
     corners: np.ndarray
-    """float32 [N, 4, 2], x and y in pixels of the picture, clockwise from top left."""
+    """float32 [N, 4, 2], x and y in pixels, clockwise from top left."""
     scores: np.ndarray
-    """float32 [N], mean text probability within the box."""
+    """float32 [N], mean text probability within the box; best first."""
+
+    @staticmethod
+    def none() -> Boxes:
+        return Boxes(np.zeros((0, 4, 2), np.float32), np.zeros(0, np.float32))
 
 
 class Detector(Protocol):
-    def detect(self, image: np.ndarray) -> Boxes: ...
+    def detect(self, images: Sequence[np.ndarray]) -> list[Boxes]:
+        """Boxes of each picture; sides are multiples of 32, sizes may differ from picture to picture."""
+        ...
 
 
 def input_size(width: int, height: int, *, enlarge: float, max_side_px: int) -> tuple[int, int]:
@@ -43,34 +45,28 @@ def input_size(width: int, height: int, *, enlarge: float, max_side_px: int) -> 
     return max(32, round(width * scale / 32) * 32), max(32, round(height * scale / 32) * 32)
 
 
-class OnnxDetector:
-    def __init__(self, ocr: OcrConfig, models: ModelFiles) -> None:
-        self._ocr = ocr
-        self._session = onnx_session(models.det, gpu=ocr.num_gpus_per_actor > 0)
-        self._input = self._session.get_inputs()[0].name
-
-    def detect(self, image: np.ndarray) -> Boxes:
-        height, width = image.shape[:2]
-        size = input_size(width, height, enlarge=self._ocr.enlarge, max_side_px=self._ocr.max_side_px)
-        resized = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-        pixels = (resized[:, :, ::-1].astype(np.float32) - _MEAN) / _STD
-        prob_HW = self._session.run(None, {self._input: pixels.transpose(2, 0, 1)[None]})[0][0, 0]
-        boxes = boxes_of_map(
-            prob_HW,
-            pixel_threshold=self._ocr.pixel_threshold,
-            min_score=self._ocr.store_score,
-            unclip_ratio=self._ocr.unclip_ratio,
-            max_boxes=self._ocr.max_regions,
-        )
-        boxes.corners *= np.array([width / size[0], height / size[1]], dtype=np.float32)
-        return boxes
+def _blob_parameters() -> cv2.dnn.Image2BlobParams:
+    parameters = cv2.dnn.Image2BlobParams()
+    parameters.scalefactor = (*(1 / STD).tolist(), 1.0)
+    parameters.mean = (*MEAN.tolist(), 0.0)
+    parameters.swapRB = True
+    return parameters
 
 
-def boxes_of_map(prob_HW: np.ndarray, *, pixel_threshold: float, min_score: float, unclip_ratio: float, max_boxes: int) -> Boxes:
+_BLOB = _blob_parameters()
+
+
+def network_input(image: np.ndarray) -> np.ndarray:
+    """uint8 RGB [H, W, 3] -> float32 [1, 3, H, W], BGR, normalised; one pass in C++."""
+    blob: np.ndarray = cv2.dnn.blobFromImageWithParams(image, _BLOB)
+    return blob
+
+
+def boxes_of_map(prob_HW: np.ndarray, ocr: OcrConfig) -> Boxes:
     """DB's post-processing: a probability map [H, W] -> rotated boxes in its pixels, best score first."""
-    mask_HW = (prob_HW > pixel_threshold).astype(np.uint8)
+    mask_HW = (prob_HW > ocr.pixel_threshold).astype(np.uint8)
     if not mask_HW.any():
-        return Boxes(np.zeros((0, 4, 2), np.float32), np.zeros(0, np.float32))
+        return Boxes.none()
     contours, _ = cv2.findContours(mask_HW, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     found: list[tuple[float, np.ndarray]] = []
     for contour in contours:
@@ -79,19 +75,19 @@ def boxes_of_map(prob_HW: np.ndarray, *, pixel_threshold: float, min_score: floa
             continue
         corners = cv2.boxPoints(kernel)
         score = _mean_inside(prob_HW, corners)
-        if score < min_score:
+        if score < ocr.store_score:
             continue
-        grown = _unclip(corners, unclip_ratio)
-        if grown is None:
-            continue
-        box = cv2.minAreaRect(grown)
-        if min(box[1]) >= _MIN_SIDE_PX + 2:
-            found.append((score, order_corners(cv2.boxPoints(box))))
+        # Vatti clipping of a rectangle, and the smallest rectangle around that: every side moves out by the offset.
+        offset = kernel[1][0] * kernel[1][1] * ocr.unclip_ratio / (2 * sum(kernel[1]))
+        center, (width, height), angle = cv2.minAreaRect(np.trunc(corners))  # whole pixels, as PP-OCR's clipper has them
+        found.append((score, order_corners(cv2.boxPoints((center, (width + 2 * offset, height + 2 * offset), angle)))))
     found.sort(key=lambda pair: -pair[0])
-    found = found[:max_boxes]
-    height, width = prob_HW.shape
-    corners_N42 = np.array([corners for _, corners in found], np.float32).reshape(-1, 4, 2)
-    return Boxes(corners_N42.clip(0, [width, height]).astype(np.float32), np.array([score for score, _ in found], np.float32))
+    found = found[: ocr.max_regions]
+    if not found:
+        return Boxes.none()
+    height_px, width_px = prob_HW.shape
+    corners_N42 = np.round(np.stack([corners for _, corners in found]))  # whole pixels, as PP-OCR
+    return Boxes(corners_N42.clip(0, [width_px, height_px]).astype(np.float32), np.array([score for score, _ in found], np.float32))
 
 
 def _mean_inside(prob_HW: np.ndarray, corners: np.ndarray) -> float:
@@ -104,45 +100,9 @@ def _mean_inside(prob_HW: np.ndarray, corners: np.ndarray) -> float:
     return float(cv2.mean(prob_HW[y0 : y1 + 1, x0 : x1 + 1], mask)[0])
 
 
-def _unclip(corners: np.ndarray, ratio: float) -> np.ndarray | None:
-    """Grow a shrunken kernel by Vatti clipping; None where nothing or several pieces come out."""
-    area, perimeter = cv2.contourArea(corners), cv2.arcLength(corners, True)
-    if perimeter == 0:
-        return None
-    offset = pyclipper.PyclipperOffset()
-    offset.AddPath(corners.tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
-    grown = offset.Execute(area * ratio / perimeter)
-    return np.array(grown[0], dtype=np.float32) if len(grown) == 1 else None
-
-
-class PaddleDetector:
-    """PaddleOCR's own TextDetection, offline, on its ONNX Runtime backend."""
-
-    def __init__(self, ocr: OcrConfig, models: ModelFiles) -> None:
-        from paddleocr import TextDetection
-
-        self._ocr = ocr
-        self._model: Any = TextDetection(
-            model_name=models.paddle_det_name,
-            model_dir=paddle_det_folder(models),
-            device="gpu" if ocr.num_gpus_per_actor > 0 else "cpu",
-            limit_side_len=ocr.max_side_px,
-            limit_type="max",
-            thresh=ocr.pixel_threshold,
-            box_thresh=ocr.store_score,
-            unclip_ratio=ocr.unclip_ratio,
-            engine="onnxruntime",
-            engine_config={"intra_op_num_threads": 1},
-        )
-
-    def detect(self, image: np.ndarray) -> Boxes:
-        height, width = image.shape[:2]
-        scale = min(self._ocr.enlarge, self._ocr.max_side_px / max(width, height))
-        if scale > 1:  # PaddleOCR only shrinks
-            image = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_LINEAR)
-        result = self._model.predict(np.ascontiguousarray(image[:, :, ::-1]), batch_size=1)[0]
-        corners = np.array(result["dt_polys"], dtype=np.float32).reshape(-1, 4, 2)
-        scores = np.array(result["dt_scores"], dtype=np.float32)
-        best = np.argsort(-scores, kind="stable")[: self._ocr.max_regions]
-        corners = corners[best] * np.array([width / image.shape[1], height / image.shape[0]], dtype=np.float32)
-        return Boxes(np.array([order_corners(c) for c in corners], np.float32).reshape(-1, 4, 2), scores[best])
+def order_corners(box: np.ndarray) -> np.ndarray:
+    """Corners [4, 2] clockwise from top left, so that text reads from corner 0 to corner 1."""
+    by_x = box[np.argsort(box[:, 0], kind="stable")]
+    left = by_x[:2][np.argsort(by_x[:2, 1], kind="stable")]
+    right = by_x[2:][np.argsort(by_x[2:, 1], kind="stable")]
+    return np.array([left[0], right[0], right[1], left[1]], dtype=np.float32)

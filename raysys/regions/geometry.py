@@ -23,9 +23,18 @@ def polygon_area(polygon: np.ndarray) -> float:
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
-def order_corners(box: np.ndarray) -> np.ndarray:
-    """Corners [4, 2] clockwise from top left, so that text reads from corner 0 to corner 1."""
-    by_x = box[np.argsort(box[:, 0], kind="stable")]
-    left = by_x[:2][np.argsort(by_x[:2, 1], kind="stable")]
-    right = by_x[2:][np.argsort(by_x[2:, 1], kind="stable")]
-    return np.array([left[0], right[0], right[1], left[1]], dtype=np.float32)
+def keep_best(polygons: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    """Positions of [N, 4, 2] polygons that stay, best first: one that shares over half of the smaller's area with a better one goes."""
+    shapes = shapely.make_valid(shapely.polygons(np.asarray(polygons, dtype=np.float64)))
+    areas = shapely.area(shapes)
+    tree = shapely.STRtree(shapes)
+    kept: list[int] = []
+    gone = np.zeros(len(shapes), dtype=bool)
+    for best in np.argsort(-worth, kind="stable"):
+        if gone[best]:
+            continue
+        kept.append(int(best))
+        near = tree.query(shapes[best])
+        shared = shapely.area(shapely.intersection(shapes[near], shapes[best]))
+        gone[near[shared > 0.5 * np.minimum(areas[near], areas[best])]] = True
+    return np.array(kept, dtype=np.int64)

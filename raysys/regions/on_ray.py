@@ -14,7 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from raysys.cluster import num_cpus, ray_session, require
-from raysys.config import AnnotateConfig, OcrConfig
+from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig
 from raysys.corpus.shards import Corpus, open_corpus
 from raysys.progress import Progress
 from raysys.regions.annotator import Annotator, annotate_shard, count, to_parquet
@@ -41,7 +41,7 @@ def annotate(cfg: AnnotateConfig) -> None:
     models = find_models(cfg.ocr)
     settings = settings_of(cfg) | {"models": models.sha256()}
     settings["corpus"] = {"path": cfg.corpus.path, "root": corpus.root}
-    pool = {key: settings["ocr"].pop(key) for key in ("num_actors", "num_gpus_per_actor", "model_dir")}
+    pool = {key: settings["ocr"].pop(key) for key in POOL_KEYS}
     output = open_output(cfg.output, "annotate", settings | {"pool": pool}, not_in_fingerprint=("pool", "corpus"))
     done = done_shards(output)
     todo = [s for s in corpus.shards if shard_name(s) not in done]
