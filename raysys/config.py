@@ -28,6 +28,8 @@ class CorpusConfig:
 class RayConfig:
     num_cpus: int | None = None
     """Logical CPUs of the local cluster; null counts the cores. Ignored when RAY_ADDRESS names a cluster."""
+    dashboard: bool = False
+    """Start Ray's dashboard (http://127.0.0.1:8265) with the local cluster; its processes take some per cent of two cores."""
     verbose: bool = False
     """Show Ray's own log lines and progress bars."""
 

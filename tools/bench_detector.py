@@ -2,8 +2,8 @@
 
 Three tables: the detector's network by batch, precision and ``torch.compile``; pictures from JPEG to boxes and from a tar of JPEGs to the
 verdict of the policy ``paper``; what the second of these spends its time on. Pictures are drawn (coloured noise with the spectrum of
-photographs, a share of them with words), the same ones on every machine; or the JPEGs of ``--pictures FOLDER``. Rates are those of a second
-pass over the same pictures, so compiling and choosing kernels is not in them. Timers are put around the product's functions from outside.
+photographs, a share of them with words; from a fixed seed), or the JPEGs of ``--pictures FOLDER``. Warm-up, with its compiling and choosing
+of kernels, is not in the rates. Timers are put around the product's functions from outside. ``CUDA_VISIBLE_DEVICES=`` runs it on the CPU.
 
 No Ray, no internet and no installation of raysys. A machine with Python 3.11 or 3.12, torch, NumPy, Pillow, OpenCV (4.8 and later), pyarrow,
 fsspec and PyYAML also needs shapely, rapidfuzz and onnx (with its protobuf, ml_dtypes and typing_extensions). Where raysys is installed:
@@ -37,6 +37,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,9 +67,11 @@ SIZES = ((640, 480), (480, 640), (640, 427))
 """Width and height of the drawn pictures, in turn."""
 WORDS = ("SALE", "Open", "COFFEE", "Exit", "Hotel", "2024", "Market", "STOP", "Pizza", "Street", "Menu", "PARKING")
 ONE_LOOK = "PP-OCRv4_mobile_det"
-MAX_DIFFERENT = 512
+MAX_DIFFERENT = 256
 """Drawn pictures that differ; more than these are repeats."""
 PROFILED_BATCHES = 2
+_SYNC_NAMES = ("Context Sync", "Event Sync", "Stream Sync", "Stream Wait Event")
+"""What the profiler lists beside kernels and copies, though the GPU does nothing then."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def drawn_picture(index: int, text_share: float) -> tuple[bytes, bool]:
         noise = random.standard_normal((rows, columns, 1)) + 0.35 * random.standard_normal((rows, columns, 3))
         pixels += cv2.resize(noise.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC) * cells**-0.6
     pixels = 55 * pixels / pixels.std() + random.uniform(80, 160)
+    pixels += random.normal(0, 5, pixels.shape)  # a camera's noise
     for _ in range(6):  # objects: smooth edges over the texture
         shape = np.zeros((height, width), np.float32)
         axes = tuple(int(v) for v in random.integers(20, 160, 2))
@@ -147,7 +151,8 @@ class Pictures:
 
 def open_pictures(folder: str | None, *, number: int, text_share: float) -> Pictures:
     if folder is None:
-        drawn = [drawn_picture(index, text_share) for index in range(min(number, MAX_DIFFERENT))]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            drawn = list(threads.map(drawn_picture, range(min(number, MAX_DIFFERENT)), itertools.repeat(text_share)))
         return Pictures([jpeg for jpeg, _ in drawn], [has_text for _, has_text in drawn]).times(number)
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:number]
     if not files:
@@ -330,15 +335,20 @@ class Shares:
     gpu_busy: float | None
 
 
+def warm_up(annotator: Annotator, ocr: OcrConfig, pictures: Pictures) -> None:
+    """The same batches as will be timed where something is compiled or chosen for their shapes, else a picture of each size."""
+    by_shape = ocr.compile or ocr.num_gpus_per_actor > 0
+    for _ in annotator.look_all(enumerate(pictures.jpegs if by_shape else pictures.jpegs[: len(SIZES)])):
+        pass
+
+
 def boxes_per_s(ocr: OcrConfig, pictures: Pictures) -> tuple[float, int]:
     """Pictures a second from JPEG bytes to boxes, and how many pictures had one."""
     annotator = Annotator(replace(ocr, recognize=False))
-    for counted in (False, True):
-        start_s = time.perf_counter()
-        found = sum(bool(look.regions) for _, look in annotator.look_all(enumerate(pictures.jpegs)))
-        if counted:
-            return len(pictures.jpegs) / (time.perf_counter() - start_s), found
-    raise AssertionError
+    warm_up(annotator, ocr, pictures)
+    start_s = time.perf_counter()
+    found = sum(bool(look.regions) for _, look in annotator.look_all(enumerate(pictures.jpegs)))
+    return len(pictures.jpegs) / (time.perf_counter() - start_s), found
 
 
 def verdicts_per_s(ocr: OcrConfig, pictures: Pictures, folder: Path) -> tuple[float, list[bool], Shares]:
@@ -354,7 +364,7 @@ def verdicts_per_s(ocr: OcrConfig, pictures: Pictures, folder: Path) -> tuple[fl
 
     with timers(clock):
         annotator = Annotator(ocr)
-        verdicts(shard)
+        warm_up(annotator, ocr, pictures)
         clock.main_s.clear()
         clock.others_s.clear()
         cpu_s, start_s = time.process_time(), time.perf_counter()
@@ -383,7 +393,7 @@ def gpu_busy_s(work: Callable[[], object]) -> float:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation and event.name not in _SYNC_NAMES
     )
     busy_us, until = 0.0, float("-inf")
     for start, end in spans:
@@ -417,9 +427,9 @@ def looks_of(preset: str, side_px: int) -> list[LookConfig]:
     return OcrConfig().looks if preset == "default" else [LookConfig(ONE_LOOK, enlarge=1.0, max_side_px=side_px)]
 
 
-def bench_networks(args: argparse.Namespace, device: torch.device, pictures: Pictures) -> tuple[list[Row], list[Figure]]:
-    rows: list[Row] = []
-    figures: list[Figure] = []
+def bench_networks(
+    args: argparse.Namespace, device: torch.device, pictures: Pictures, rows: list[Row], figures: list[Figure]
+) -> None:
     for look in looks_of(args.preset, args.side):
         size = input_size(*SIZES[0], enlarge=look.enlarge, max_side_px=look.max_side_px)
         title = f"{look.detector} {size[0]}x{size[1]}"
@@ -451,12 +461,11 @@ def bench_networks(args: argparse.Namespace, device: torch.device, pictures: Pic
                 rows.append(
                     rate(f"{title}, batch {number}", ours=ours, reference=reference, unit="pictures/s, bf16 compiled : fp32")
                 )
-    return rows, figures
 
 
-def bench_pipelines(args: argparse.Namespace, device: torch.device, pictures: Pictures) -> tuple[list[Row], list[Figure]]:
-    rows: list[Row] = []
-    figures: list[Figure] = []
+def bench_pipelines(
+    args: argparse.Namespace, device: torch.device, pictures: Pictures, rows: list[Row], figures: list[Figure]
+) -> None:
     for threads in args.decode_threads:
         speeds: dict[str, dict[Variant, float]] = {"JPEG to boxes": {}, "tar to verdict": {}}
         for variant in args.pipelines:
@@ -486,7 +495,6 @@ def bench_pipelines(args: argparse.Namespace, device: torch.device, pictures: Pi
                 rate(f"{path}, {threads} decode thread(s)", ours=speed[ours], reference=speed[reference], unit=unit)
                 for path, speed in speeds.items()
             ]
-    return rows, figures
 
 
 def described(dropped: Sequence[bool], has_text: Sequence[bool] | None) -> str:
@@ -511,16 +519,14 @@ def shares_shown(shares: Shares, title: str) -> list[Figure]:
 def save(rows: list[Row], figures: list[Figure], device: torch.device) -> None:
     """The ratios through ``finish``, and the other figures into the same file."""
     command = f"python tools/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
-    plain = rate("", ours=1.0, reference=1.0, unit="")
-    machine = f"{plain.machine}; {machine_of(device)}"
+    machine = f"{Row('', 0, 0, 0, None, '').machine}; {machine_of(device)}"
     path = Path("outputs/bench/detector.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     stated = [replace(row, command=command, machine=machine) for row in rows]
     if stated:
         finish(stated)
-    like_rows = [
-        {**asdict(plain), "reference": None, "ratio": None, **asdict(f), "command": command, "machine": machine} for f in figures
-    ]
+    plain = [Row(figure.name, figure.ours, 0, 0, None, figure.unit, command, machine) for figure in figures]
+    like_rows = [asdict(row) | {"reference": None, "ratio": None} for row in plain]
     path.write_text(json.dumps([*map(asdict, stated), *like_rows], indent=2) + "\n")
     print(f"{len(like_rows)} other figures: {path}")
 
@@ -539,7 +545,6 @@ def arguments(on_gpu: bool) -> argparse.Namespace:
     parser.add_argument(
         "--model-dir", metavar="FOLDER", help="ocr.model_dir: folder with NAME.onnx; without it the installed wheels"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--parts", choices=("all", "network", "pipeline"), default="all")
     parser.add_argument(
         "--preset", choices=("one_look", "default"), default="one_look", help=f"{ONE_LOOK} once, or OcrConfig's looks"
@@ -566,15 +571,14 @@ def arguments(on_gpu: bool) -> argparse.Namespace:
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available() and "cpu" not in sys.argv  # `--device cpu` has the CPU's defaults
-    args = arguments(on_gpu)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args = arguments(on_gpu=device.type == "cuda")
     if args.pack:
         names = {look.detector for preset in ("one_look", "default") for look in looks_of(preset, args.side)}
         pack(args.pack, sorted({*names, OcrConfig().recognizer}))
         return
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
-    device = torch.device(args.device)
     if device.type == "cuda":
         tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"
         print(f"{machine_of(device)}; TF32 in fp32 convolutions {tf32}, as torch starts")
@@ -587,11 +591,12 @@ def main() -> None:
     )
     rows: list[Row] = []
     figures: list[Figure] = []
-    for part, bench in (("network", bench_networks), ("pipeline", bench_pipelines)):
-        if args.parts in ("all", part):
-            more_rows, more_figures = bench(args, device, pictures)
-            rows, figures = rows + more_rows, figures + more_figures
-    save(rows, figures, device)
+    try:
+        for part, bench in (("network", bench_networks), ("pipeline", bench_pipelines)):
+            if args.parts in ("all", part):
+                bench(args, device, pictures, rows, figures)
+    finally:  # what was measured before a failure is worth its minutes
+        save(rows, figures, device)
 
 
 if __name__ == "__main__":

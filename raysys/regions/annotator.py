@@ -115,7 +115,7 @@ class Annotator:
 
     def look(self, data: bytes | None) -> Look:
         """Find and read the text of a picture; a broken one gets a reason."""
-        return next(look for _, look in self.look_all([("", data)]))
+        return self._look_at([self._open((None, data))[1]])[0]
 
     def look_all(self, pictures: Iterable[tuple[T, bytes | None]]) -> Iterator[tuple[T, Look]]:
         """Looks at any number of pictures, in order, each with what came with it. Reading and decoding run ahead in threads."""

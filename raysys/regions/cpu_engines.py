@@ -13,6 +13,7 @@ import numpy as np
 from raysys.config import OcrConfig
 from raysys.regions.detector import Boxes, boxes_of_map, network_input
 from raysys.regions.models import Model
+from raysys.regions.onnx_graph import simplify
 from raysys.regions.recognizer import Reading, decode_ctc, line_input
 from raysys.storage import UserError
 
@@ -52,7 +53,10 @@ def onnx_network(model: Model, *, gpu: bool) -> Network:
     options.log_severity_level = 3
     provider = "CUDAExecutionProvider" if gpu else "CPUExecutionProvider"
     there = onnxruntime.get_available_providers()
-    session = onnxruntime.InferenceSession(model.onnx, options, providers=[provider]) if provider in there else None
+    session = None
+    if provider in there:
+        network = model.onnx if gpu else simplify(model.onnx).SerializeToString()
+        session = onnxruntime.InferenceSession(network, options, providers=[provider])
     if session is None or provider not in session.get_providers():
         raise UserError(
             "ocr.num_gpus_per_actor > 0 needs onnxruntime-gpu and its CUDA libraries; this ONNX Runtime cannot use a GPU"
@@ -74,7 +78,6 @@ def openvino_network(model: Model, *, precision: str) -> Network:
         "INFERENCE_NUM_THREADS": 1,
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-        "CPU_RUNTIME_CACHE_CAPACITY": "128",  # compiled shapes; its default of 5,000 lets memory grow with every new shape
     }
     request = core.compile_model(model.onnx, "CPU", settings).create_infer_request()
 
