@@ -40,7 +40,9 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
         )
     except ConnectionError as error:
         raise UserError(f"RAY_ADDRESS={address}: no Ray answers there ({error})") from error
-    ray.data.DataContext.get_current().memory_usage_poll_interval_s = None  # walking an actor's pages every second costs it some per cent
+    ray.data.DataContext.get_current().memory_usage_poll_interval_s = (
+        None  # walking an actor's pages every second costs it some per cent
+    )
     if not cfg.verbose:
         ray.data.DataContext.get_current().enable_progress_bars = False
         ray.data.DataContext.get_current().print_on_execution_start = False

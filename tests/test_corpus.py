@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from raysys.corpus.images import BrokenImage, decode
 from raysys.corpus.index import PictureReader, ShardRows, build_index
 from raysys.corpus.order import Order
+from raysys.corpus.prefetch import prefetch
 from raysys.corpus.shards import DamagedShard, iter_samples, open_corpus
 from raysys.storage import UserError
 
@@ -164,3 +167,35 @@ def test_json_that_is_damaged_does_not_hide_the_caption(tmp_path: Path) -> None:
     assert next(iter_samples(str(path))).captions == ["good"]
     path = write_tar(tmp_path / "b.tar", [("1.json", json.dumps({"caption": "from json"}).encode())])
     assert next(iter_samples(str(path))).captions == ["from json"]
+
+
+# ---- prefetch --------------------------------------------------------------------------------------------------------
+
+
+def test_prefetch_keeps_order_and_stays_ahead_by_so_many() -> None:
+    drawn: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(20):
+            drawn.append(number)
+            yield number
+
+    results = prefetch(source(), lambda number: number * number, threads=3, ahead=5)
+    deadline = time.monotonic() + 10
+    while len(drawn) < 5 and time.monotonic() < deadline:  # begins before the first result is asked for
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert drawn == list(range(5))
+    assert list(results) == [number * number for number in range(20)]
+
+
+def test_prefetch_raises_where_the_result_would_have_come() -> None:
+    def work(number: int) -> int:
+        if number == 3:
+            raise ValueError("three")
+        return number
+
+    results = prefetch(range(9), work, threads=2, ahead=4)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)

