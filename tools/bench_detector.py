@@ -5,12 +5,12 @@ verdict of the policy ``paper``; what the second of these spends its time on. Pi
 photographs, a share of them with words; from a fixed seed), or the JPEGs of ``--pictures FOLDER``. Warm-up, with its compiling and choosing
 of kernels, is not in the rates. Timers are put around the product's functions from outside. ``CUDA_VISIBLE_DEVICES=`` runs it on the CPU.
 
-No Ray, no internet and no installation of raysys. A machine with Python 3.11 or 3.12, torch, NumPy, Pillow, OpenCV (4.8 and later), pyarrow,
+No Ray, no internet and no installation of raysys. A machine with Python 3.11 or 3.12, torch, NumPy, Pillow, OpenCV, pyarrow,
 fsspec and PyYAML also needs shapely, rapidfuzz and onnx (with its protobuf, ml_dtypes and typing_extensions). Where raysys is installed:
 
     python tools/bench_detector.py --pack models                        # 28 MB: NAME.onnx, NAME.txt of every network it uses
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
-        --platform manylinux_2_17_x86_64 -d downloads shapely rapidfuzz onnx protobuf ml_dtypes typing_extensions
+        --platform manylinux2014_x86_64 -d downloads shapely rapidfuzz onnx protobuf ml_dtypes typing_extensions
 
 Carry ``raysys/ tools/ models/ downloads/`` (for the tests ``tests/ pyproject.toml`` as well); then there:
 
