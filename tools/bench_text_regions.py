@@ -75,7 +75,7 @@ def settings() -> dict[str, OcrConfig]:
     named["v4 x2, v6 tiny rec"] = OcrConfig(looks=[LookConfig(V4, 2.0, 960)], recognizer="PP-OCRv6_tiny_rec")
     named["v4 x3 to 1280"] = OcrConfig(looks=[LookConfig(V4, 3.0, 1280)])
     named["v6 tiny x1, v4 x2 to 800"] = OcrConfig(looks=[LookConfig(V6T), LookConfig(V4, 2.0, 800)])
-    named["v6 tiny x2, v4 x2"] = OcrConfig(looks=[LookConfig(V6T, 2.0), LookConfig(V4, 2.0)])
+    named["v6 tiny x2, v4 x4"] = OcrConfig(looks=[LookConfig(V6T, 2.0), LookConfig(V4, 4.0)])
     named["default, v4 x3 to 1280"] = OcrConfig(looks=[LookConfig(V6T), LookConfig(V4, 2.0), LookConfig(V4, 3.0, 1280)])
     return named
 
