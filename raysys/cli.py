@@ -81,6 +81,10 @@ def _type_of(schema: type, key: str) -> Any:
     here: Any = schema
     path: list[str] = []
     for part in key.split("."):
+        if get_origin(here) is dict:  # names of the user's own, as of corpus.sources
+            here = get_args(here)[1]
+            path.append(part)
+            continue
         hints = _hints(here) if is_dataclass(here) else {}
         if part not in hints:
             near = difflib.get_close_matches(part, hints, n=2)
@@ -138,6 +142,8 @@ def _groups(schema: type) -> list[str]:
 def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any:
     """Defaults, then the chosen groups, then ``config=FILE``, then the words.
 
+    A group is chosen by a name of ``conf/`` or by a YAML file of its keys; either stands on the defaults of ``config.py``.
+
     :param complete: refuse missing and impossible values.
     :returns: the verb's dataclass, or a DictConfig where ``complete`` is False.
     :raises UserError: with one line.
@@ -145,23 +151,32 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
     schema = VERBS[verb]
     given = _read_words(verb, words)
     file = given.pop("config", None)
-    merged = _read_config_file(verb, file) if file else {}
+    merged = _read_yaml(f"config={file}", file, schema) if file else {}
     groups = _groups(schema)
     chosen = {key: given.pop(key) for key in list(given) if key in groups}
-    # A file may choose a group by name ("policy: paper"); words come after it.
+    # A file may choose a group ("policy: paper"); words come after it.
     chosen = {key: merged.pop(key) for key in list(merged) if key in groups and isinstance(merged[key], str)} | chosen
+    own = {group: _read_group(group, name, schema) for group, name in chosen.items() if _is_file(name)}
     for group, name in chosen.items():
-        if name not in choices(group):
-            raise UserError(f"{group}={name} is not there; choose from {', '.join(choices(group))}")
+        if group not in own and name not in choices(group):
+            raise UserError(
+                f"{group}={name} is not there; choose from {', '.join(choices(group))}, or give a YAML file ({group}=my.yaml)"
+            )
     store = ConfigStore.instance()
     for name, dataclass in VERBS.items():
         store.store(name=f"{name}_schema", node=dataclass)
     try:
         with initialize_config_dir(config_dir=config_dir(), version_base="1.3"):
-            cfg = compose(config_name=verb, overrides=[f"{group}={name}" for group, name in chosen.items()])
+            overrides = [f"~{group}" if group in own else f"{group}={name}" for group, name in chosen.items()]
+            cfg = compose(config_name=verb, overrides=overrides)
         OmegaConf.set_struct(cfg, True)
-        cfg = cast(DictConfig, OmegaConf.merge(cfg, merged))
+        if "corpus" in cfg:
+            OmegaConf.set_struct(cfg.corpus.sources, False)  # its names are the user's
+        for group, keys in own.items():
+            cfg = _merge(cfg, {group: keys}, f"{group}={chosen[group]}")
+        cfg = _merge(cfg, merged, f"config={file}")
         for key, raw in given.items():
+            _make_named(cfg, schema, key)
             OmegaConf.update(cfg, key, _value(key, raw, _type_of(schema, key)))
         if not complete:
             return cfg
@@ -178,25 +193,58 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
     return result
 
 
-def _read_config_file(verb: str, file: str) -> dict[str, Any]:
+def _make_named(cfg: DictConfig, schema: type, key: str) -> None:
+    """Make the entry that a word names (``corpus.sources.NAME.path``): OmegaConf makes none of a dataclass by itself."""
+    parts = key.split(".")
+    for depth in range(1, len(parts) - 1):
+        hint = _type_of(schema, ".".join(parts[:depth]))
+        if get_origin(hint) is dict:
+            entries = OmegaConf.select(cfg, ".".join(parts[:depth]))
+            if parts[depth] not in entries:
+                entries[parts[depth]] = get_args(hint)[1]
+
+
+def _is_file(choice: str) -> bool:
+    """A group's choice that is no name of ``conf/``."""
+    return choice.endswith((".yaml", ".yml")) or "/" in choice
+
+
+def _read_group(group: str, file: str, schema: type) -> dict[str, Any]:
+    """A group's own YAML; where the group has a name, and the file gives none, it is the file's."""
+    keys = _read_yaml(f"{group}={file}", file, schema, prefix=f"{group}.")
+    return ({"name": Path(file).stem} if "name" in _hints(_type_of(schema, group)) else {}) | keys
+
+
+def _read_yaml(word: str, file: str, schema: type, *, prefix: str = "") -> dict[str, Any]:
+    """Keys and values of a file. :raises UserError: with the word that named it, also for a key that the schema does not know."""
     if not os.path.isfile(file):
-        raise UserError(f"config={file}: no such file")
+        raise UserError(f"{word}: no such file")
     try:
         loaded = OmegaConf.load(file)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config={file}: not valid YAML ({_fold(error)})") from error
+        raise UserError(f"{word}: not valid YAML ({_fold(error)})") from error
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"config={file}: must hold keys and values")
+        raise UserError(f"{word}: must hold keys and values")
     plain: dict[str, Any] = OmegaConf.to_container(loaded)  # type: ignore[assignment]
 
     def refuse_unknown(node: dict[str, Any], prefix: str) -> None:
         for key, value in node.items():
-            _type_of(VERBS[verb], prefix + str(key))
+            try:
+                _type_of(schema, prefix + str(key))
+            except UserError as error:
+                raise UserError(f"{word}: {error}") from error
             if isinstance(value, dict):
                 refuse_unknown(value, f"{prefix}{key}.")
 
-    refuse_unknown(plain, "")
+    refuse_unknown(plain, prefix)
     return plain
+
+
+def _merge(cfg: DictConfig, values: dict[str, Any], word: str) -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(cfg, values))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{word}: {_fold(error)}") from error
 
 
 def _fold(error: BaseException) -> str:
@@ -219,7 +267,7 @@ def _verb_help(verb: str, words: list[str]) -> str:
     groups = "\n".join(f"  {group}={','.join(choices(group))}" for group in _groups(VERBS[verb]))
     text = f"raysys {verb}: {what}\n\nexample: {example}\n"
     if groups:
-        text += f"\nchoices (group=one of):\n{groups}\n"
+        text += f"\nchoices (group=one of these, or a YAML file of its keys: {_groups(VERBS[verb])[0]}=my.yaml):\n{groups}\n"
     text += "  config=FILE merges a YAML file between the defaults and the words\n"
     return text + f"\nkeys and defaults (??? must be given; docs in raysys/config.py):\n{_yaml(verb, words)}"
 

@@ -19,9 +19,18 @@ PRECISIONS = ("fp32", "amp_bf16")
 
 
 @dataclass
-class CorpusConfig:
+class SourceConfig:
     path: str = MISSING
-    """Folder, glob or brace list of WebDataset tars, local or on any fsspec filesystem (``s3://bucket/train-{00000..00099}.tar``)."""
+    """As ``corpus.path``."""
+
+
+@dataclass
+class CorpusConfig:
+    path: str | None = None
+    """Folder, glob or brace list, local or on any fsspec filesystem (``s3://bucket/train-{00000..00099}.tar``), of WebDataset tars,
+    Parquet files with pictures, or folders of pictures with captions.csv or captions.jsonl."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several corpora instead of one path: ``corpus.sources.NAME.path=...``; NAME stands before their shards' names."""
 
 
 @dataclass
@@ -87,9 +96,15 @@ class OcrConfig:
     """Threads of an actor that read and decode ahead of the networks; a GPU wants 8 and more."""
     compile: bool = False
     """torch.compile the networks of the engine ``torch``: minutes at the start, faster after."""
+    decode_timeout_s: float = 60.0
+    """A picture whose decoder runs longer gets the reason ``timeout`` (a good one takes .01 to 1 s)."""
+    unit_mb: float = 1024.0
+    """Most bytes of a shard that an actor takes at once; a larger shard is cut by a pass over its headers (which on an object store
+    reads it once more). Units are smaller, down to 4 MB, where actors would have fewer than 8 each. A crash costs what its units had
+    not finished."""
 
 
-POOL_KEYS = ("num_actors", "num_gpus_per_actor", "batch", "decode_threads", "compile", "model_dir")
+POOL_KEYS = ("num_actors", "num_gpus_per_actor", "batch", "decode_threads", "compile", "decode_timeout_s", "unit_mb", "model_dir")
 """Keys of OcrConfig that change the speed and not the annotations (the models' hashes stand for ``model_dir``)."""
 
 
@@ -211,6 +226,8 @@ class AnnotateConfig:
 class FilterConfig:
     output: str = MISSING
     annotations: str = MISSING
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """Where the corpus lies now, if not where it was annotated (``shards`` reads it; else only sizes and times are compared)."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     shards: str | None = None
     """Also write the kept samples as WebDataset shards into this folder."""
@@ -360,7 +377,7 @@ def check_ocr(ocr: OcrConfig) -> None:
     )
     for key in ("pixel_threshold", "store_score", "num_gpus_per_actor", "sure_text_score"):
         _share(f"ocr.{key}", getattr(ocr, key))
-    for key in ("unclip_ratio", "max_regions", "batch", "decode_threads"):
+    for key in ("unclip_ratio", "max_regions", "batch", "decode_threads", "decode_timeout_s", "unit_mb"):
         _positive(f"ocr.{key}", getattr(ocr, key))
     _require(len(ocr.looks) > 0, "ocr.looks is empty: there must be at least one look")
     for number, look in enumerate(ocr.looks):
@@ -411,8 +428,17 @@ def check_evaluators(cfg: QuestionsConfig) -> None:
     _positive("batch_size", cfg.batch_size)
 
 
+def check_corpus(corpus: CorpusConfig, *, needed: bool) -> None:
+    _require(not needed or corpus.path is not None or bool(corpus.sources), "missing: corpus.path=...")
+    _require(corpus.path is None or not corpus.sources, "corpus.path and corpus.sources are both given; leave one out")
+    for name in corpus.sources:
+        _require(name != "" and "/" not in name, f"corpus.sources.{name}: a source's name must be a word without a slash")
+
+
 def check(cfg: Any) -> None:
     """Refuse impossible values. :raises ValueError: with one line that names the key and the mend."""
+    if isinstance(cfg, AnnotateConfig | TrainConfig | FilterConfig):
+        check_corpus(cfg.corpus, needed=not isinstance(cfg, FilterConfig))
     if hasattr(cfg, "ocr"):
         check_ocr(cfg.ocr)
     if hasattr(cfg, "policy"):

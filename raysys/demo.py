@@ -41,7 +41,7 @@ from raysys.policy.select import filter_annotations
 from raysys.progress import Progress
 from raysys.regions.on_ray import annotate
 from raysys.reporting.html import report
-from raysys.storage import Output, open_output, read_bytes, read_json, settings_of, shard_name, write_json
+from raysys.storage import Output, open_output, read_bytes, read_json, settings_of, write_json
 from raysys.training.on_ray import train
 
 NO_FILTER = PolicyConfig(name="none", max_text_area=1.0)
@@ -153,11 +153,11 @@ def measure_text_detector(output: Output) -> dict[str, float]:
     """The filter against the truth that the generator knows: shares of pictures with (without) text that were dropped for text."""
     dropped = {True: 0, False: 0}
     total = {True: 0, False: 0}
-    corpus = open_corpus(output.join("scenes", "train"))
+    corpus = open_corpus(CorpusConfig(output.join("scenes", "train")))
     for shard in corpus.shards:
-        verdicts = pq.read_table(io.BytesIO(read_bytes(output.join("selection", "selection", f"{shard_name(shard)}.parquet"))))
+        verdicts = pq.read_table(io.BytesIO(read_bytes(output.join("selection", "selection", f"{shard.name}.parquet"))))
         reason_of = dict(zip(verdicts["key"].to_pylist(), verdicts["reason"].to_pylist(), strict=True))
-        for sample in iter_samples(corpus.path(shard)):
+        for sample in iter_samples(shard.path):
             has_text = bool(json.loads(sample.metadata)["written"])
             total[has_text] += 1
             dropped[has_text] += reason_of[sample.key] == TEXT_AREA

@@ -6,6 +6,8 @@ Leaves to others what stands in the files.
 
 from __future__ import annotations
 
+import errno
+import functools
 import glob as _glob
 import hashlib
 import itertools
@@ -14,16 +16,28 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+P = ParamSpec("P")
+T = TypeVar("T")
+READ_AHEAD_BYTES = 8 << 20
+"""Read at once from an object store: at 80 MB/s it takes 0.1 s, three times what a request waits, and a part is read past its end by no more."""
+_S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
+_LIBRARIES = ("botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google")
+"""Behind the filesystems of object stores; their errors are no OSErrors, or have no file name."""
 
 
 class UserError(ValueError):
@@ -31,10 +45,29 @@ class UserError(ValueError):
 
 
 def open_fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Filesystem of a path or URL, and the path within it (absolute for local ones)."""
+    """Filesystem of a path or URL, and the path within it (absolute for local ones).
+
+    Listings are never cached: other processes write into the same folders.
+    """
+    protocol, _, rest = path.partition("://")
+    bucket = rest.split("/")[0]
+    if protocol in _S3 + _GCS:
+        if not bucket:
+            raise UserError(f"{path}: names no bucket")
+        if re.search("[:@]", bucket) and not bucket.startswith("arn:"):
+            where = (
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+                if protocol in _S3
+                else "GOOGLE_APPLICATION_CREDENTIALS"
+            )
+            raise UserError(f"{mask(path)}: {protocol}:// takes no credentials in the URL; set {where}")
     try:
-        fs, inner = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
+        fs, inner = fsspec.core.url_to_fs(path, **({} if is_local(path) else {"use_listings_cache": False}))
+    except ImportError as error:
+        extra = "s3" if protocol in _S3 else "gs" if protocol in _GCS else ""
+        mend = f"pip install 'raysys[{extra}]'" if extra else str(error)
+        raise UserError(f"{mask(path)}: {protocol}:// needs a package that is not installed: {mend}") from error
+    except ValueError as error:
         raise UserError(f"{mask(path)}: {error}") from error
     return fs, os.path.abspath(inner) if isinstance(fs, LocalFileSystem) else inner
 
@@ -53,15 +86,74 @@ def join(folder: str, *parts: str) -> str:
 
 
 def mask(path: str) -> str:
-    """Hide credentials in a URL (``s3://key:secret@host/...``)."""
-    return re.sub(r"(://)[^/@]+@", r"\1***@", path)
+    """Hide credentials in a URL (``sftp://key:secret@host/...``; the secret may hold slashes)."""
+    return re.sub(r"(://)(?:[^/\s]*@|[^/:\s]+:(?!\d+/)\S*@)", r"\1***@", path)
 
 
+# ---- errors of object stores as those of files ------------------------------------------------------------------------
+
+
+@contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """What the library of a filesystem raises within -> the builtin error that a local file would raise, with the path."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        named = None if is_local(path) else _named(error, mask(path))
+        if named is None:
+            raise
+        raise named from error
+
+
+def _named(error: Exception, path: str) -> Exception | None:
+    text, name = mask(" ".join(str(error).split())), type(error).__name__
+    if isinstance(error, OSError) and name == "FileExpired":  # s3fs reads with If-Match
+        return FileNotFoundError(errno.ENOENT, "changed while it was read", path)
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        kind = type(error)
+        return None if error.filename else kind(error.errno or errno.EIO, error.strerror or text, path)
+    if type(error).__module__.split(".")[0] not in _LIBRARIES:
+        return None
+    if name == "ParamValidationError":  # no such name of a bucket can be
+        return UserError(f"{path}: {text}")
+    if "Credentials" in name:
+        return PermissionError(errno.EACCES, text, path)
+    return ConnectionError(errno.ECONNABORTED, text, path)
+
+
+def _names_errors(work: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    @functools.wraps(work)
+    def named(path: str, *args: P.args, **kwargs: P.kwargs) -> T:
+        with named_errors(path):
+            return work(path, *args, **kwargs)
+
+    return named
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(path: str, *, ahead_bytes: int = READ_AHEAD_BYTES) -> Iterator[BinaryIO]:
+    """A file to read from, front to back in requests of ``ahead_bytes``; with 0 each read is one request of just its bytes.
+
+    :raises FileNotFoundError: from a read, where an object changed since it was opened.
+    """
+    fs, inner = open_fs(path)
+    how = {"block_size": ahead_bytes, "cache_type": "readahead"} if ahead_bytes else {"cache_type": "none"}
+    with named_errors(path), fs.open(inner, "rb", **({} if isinstance(fs, LocalFileSystem) else how)) as file:
+        yield file
+
+
+@_names_errors
 def exists(path: str) -> bool:
     fs, inner = open_fs(path)
     return fs.exists(inner)
 
 
+@_names_errors
 def read_bytes(path: str) -> bytes:
     fs, inner = open_fs(path)
     return fs.cat_file(inner)
@@ -77,36 +169,112 @@ def read_json(path: str) -> Any:
         raise UserError(f"{mask(path)}: not valid JSON ({error})") from error
 
 
-def write_bytes(path: str, data: bytes, *, tmp_folder: str | None = None) -> None:
-    """Write a file whole or not at all: local ones by rename, objects by a single PUT.
+@contextmanager
+def writing(path: str, *, tmp_folder: str | None = None) -> Iterator[BinaryIO]:
+    """A file that is there whole when the block ends, and not at all where it raises: a local rename, or one upload.
 
     ``tmp_folder`` (same filesystem) takes the unfinished file where the target's folder must hold nothing else.
     """
     fs, inner = open_fs(path)
+    local = isinstance(fs, LocalFileSystem)
+    folder = tempfile.gettempdir() if not local else open_fs(tmp_folder)[1] if tmp_folder else os.path.dirname(inner)
+    os.makedirs(folder, exist_ok=True)
+    if local:
+        os.makedirs(os.path.dirname(inner), exist_ok=True)
+    unfinished = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            if local:
+                os.fsync(file.fileno())
+        if local:
+            os.replace(unfinished, inner)
+        else:
+            with named_errors(path):
+                fs.put_file(unfinished, inner)  # visible when the upload is complete
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)
+
+
+@_names_errors
+def write_bytes(path: str, data: bytes, *, tmp_folder: str | None = None) -> None:
+    """Write a file whole or not at all. See :func:`writing`."""
+    fs, inner = open_fs(path)
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(inner, data)
         return
-    os.makedirs(os.path.dirname(inner), exist_ok=True)
-    folder = open_fs(tmp_folder)[1] if tmp_folder else os.path.dirname(inner)
-    os.makedirs(folder, exist_ok=True)
-    unfinished = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
-    with open(unfinished, "wb") as file:
+    with writing(path, tmp_folder=tmp_folder) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, inner)
+
+
+@_names_errors
+def write_new(path: str, data: bytes) -> bool:
+    """Write a file whole unless it is there; False where another process was first."""
+    fs, inner = open_fs(path)
+    if not isinstance(fs, LocalFileSystem):
+        try:
+            fs.pipe_file(inner, data, mode="create")  # S3: If-None-Match, GCS: ifGenerationMatch
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if "PreconditionFailed" in repr(error) or "PreconditionFailed" in repr(error.__cause__):
+                return False
+            raise
+        return True
+    os.makedirs(os.path.dirname(inner), exist_ok=True)
+    unfinished = os.path.join(os.path.dirname(inner), f".tmp-{uuid.uuid4().hex}")
+    Path(unfinished).write_bytes(data)
+    try:
+        os.link(unfinished, inner)  # fails where the name is taken, unlike a rename
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(unfinished)
+    return True
+
+
+def write_new_json(path: str, value: Any) -> bool:
+    return write_new(path, _json(value))
+
+
+@_names_errors
+def list_names(folder: str) -> list[str]:
+    """Names of what is in a folder (one listing); none where it is not there."""
+    fs, inner = open_fs(folder)
+    paths = [entry["name"].rstrip("/") for entry in _ls(fs, inner)]
+    return [
+        path.rsplit("/", 1)[-1] for path in paths if path != inner.rstrip("/")
+    ]  # S3's console marks a folder by an object of its name
+
+
+@_names_errors
+def remove_folder(path: str) -> None:
+    """Remove a folder and what is in it; nothing happens where it is not there."""
+    fs, inner = open_fs(path)
+    with suppress(FileNotFoundError):
+        fs.rm(inner, recursive=True)
 
 
 def write_json(path: str, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, _json(value))
 
 
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@_names_errors
 def identity(path: str) -> str:
     """Size and etag or modification time: what changes when a file does."""
     fs, inner = open_fs(path)
-    info = fs.info(inner)
+    return _identity(fs.info(inner))
+
+
+def _identity(info: dict[str, Any]) -> str:
     stamp = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-    return f"{info['size']}:{stamp}"
+    return f"{info['size']}:{str(stamp).strip(chr(34))}"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -128,33 +296,90 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern[: match.start()] + choice + tail for choice, tail in itertools.product(choices, tails)]
 
 
-def list_files(path: str, suffix: str) -> tuple[str, list[str]]:
-    """Files with a suffix in a folder, glob or brace list.
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as a listing shows it."""
 
-    :returns: the root that they share (a folder) and their sorted paths relative to it.
-    :raises UserError: where nothing is found.
+    path: str
+    """Relative to the root of the listing."""
+    size: int
+    identity: str
+    """As :func:`identity` gives it."""
+    modified: float
+    """Seconds since 1970; 0 where the filesystem does not say."""
+
+
+@_names_errors
+def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[FileInfo]]:
+    """Files with one of the suffixes in a folder, glob or brace list; one listing a folder.
+
+    :returns: the root that they share (a folder) and the files, sorted by path.
+    :raises UserError: where nothing is found, or a name of a brace list is not there.
     """
-    found: list[str] = []
-    root: str | None = None
-    for pattern in expand_braces(path):
+    found: dict[str, dict[str, Any]] = {}
+    roots: list[str] = []
+    listings: dict[str, dict[str, dict[str, Any]]] = {}
+    patterns = expand_braces(path)
+    for pattern in patterns:
         fs, inner = open_fs(pattern)
-        if fs.isdir(inner):
-            root = inner
-            found += [f for f in fs.find(inner) if f.endswith(suffix)]
-        elif _glob.has_magic(inner):
-            found += [f for f in fs.glob(inner) if not fs.isdir(f)]
-        elif fs.exists(inner):
-            found.append(inner)
+        if _glob.has_magic(inner):
+            files = {name: info for name, info in fs.glob(inner, detail=True).items() if info["type"] == "file"}
+            roots += [os.path.dirname(name) for name in files]
         else:
-            raise UserError(f"{mask(pattern)}: no such file or folder")
+            parent, inner = os.path.dirname(inner.rstrip("/")), inner.rstrip("/")
+            if len(patterns) > 1:  # one listing of the folder, not one call a name
+                if parent not in listings:
+                    listings[parent] = {e["name"].rstrip("/"): e for e in _ls(fs, parent)}
+                info = listings[parent].get(inner)
+            else:
+                info = _info(fs, inner)
+            if info is None:
+                raise UserError(f"{mask(pattern)}: no such file or folder")
+            if info["type"] == "directory":
+                files = {name: i for name, i in fs.find(inner, detail=True).items() if name.endswith(suffixes)}
+                roots.append(inner)
+            else:
+                files = {inner: info}
+                roots.append(parent)
+        twice = found.keys() & files.keys()
+        if twice:
+            raise UserError(f"{mask(path)}: names {mask(min(twice))} twice")
+        found |= files
     if not found:
-        raise UserError(f"{mask(path)}: no {suffix} files there")
-    if len(set(found)) < len(found):
-        raise UserError(f"{mask(path)}: names a file twice")
-    if root is None:
-        root = os.path.commonpath([os.path.dirname(f) for f in found])
+        raise UserError(f"{mask(path)}: no {' or '.join(suffixes)} files there")
+    root = os.path.commonpath(roots)
+    if not root:
+        raise UserError(f"{mask(path)}: names several buckets; make each a source (corpus.sources.NAME.path=...)")
     protocol = "" if is_local(path) else path.split("://")[0] + "://"
-    return protocol + root, sorted(os.path.relpath(f, root) for f in found)
+    infos = [FileInfo(f[len(root) :].removeprefix("/"), i["size"], _identity(i), _modified(i)) for f, i in sorted(found.items())]
+    return protocol + root, infos
+
+
+def _ls(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
+    try:
+        return fs.ls(folder, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    try:
+        return fs.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _modified(info: dict[str, Any]) -> float:
+    stamp = info.get("mtime") or info.get("LastModified") or info.get("updated") or 0.0
+    if isinstance(stamp, str):
+        stamp = datetime.fromisoformat(stamp)
+    return stamp.timestamp() if isinstance(stamp, datetime) else float(stamp)
+
+
+def list_files(path: str, suffix: str) -> tuple[str, list[str]]:
+    """As :func:`find_files`, paths only."""
+    root, files = find_files(path, (suffix,))
+    return root, [file.path for file in files]
 
 
 def shard_name(relative: str) -> str:
@@ -219,6 +444,7 @@ class Output:
         )
 
 
+@_names_errors
 def open_output(path: str, verb: str, settings: dict[str, Any], *, not_in_fingerprint: tuple[str, ...] = ()) -> Output:
     """Make an output folder, or take up the one that an earlier call with the same settings left.
 
@@ -232,10 +458,15 @@ def open_output(path: str, verb: str, settings: dict[str, Any], *, not_in_finger
         )
     mark = fingerprint({k: v for k, v in settings.items() if k not in not_in_fingerprint})
     settings_file = join(path, "settings.json")
+    created = False
     fs, inner = open_fs(path)
     if fs.exists(inner) and not fs.isdir(inner):
         raise UserError(f"output={mask(path)} is a file; give a folder")
-    if exists(settings_file):
+    if not exists(settings_file):
+        if fs.exists(inner) and any(not name.startswith(".tmp-") for name in list_names(path)):
+            raise UserError(f"output={mask(path)} is not empty and has no settings.json of raysys; give a new folder")
+        created = write_new_json(settings_file, {"verb": verb, "fingerprint": mark, "settings": settings})
+    if not created:
         old = read_json(settings_file)
         if not isinstance(old, dict) or old.get("verb") != verb:
             raise UserError(f"output={mask(path)} belongs to another program or verb; give a new folder")
@@ -245,10 +476,6 @@ def open_output(path: str, verb: str, settings: dict[str, Any], *, not_in_finger
                 f"output={mask(path)} was begun with other settings ({', '.join(changed)}); "
                 "repeat the words of then, or give a new folder"
             )
-    else:
-        if fs.exists(inner) and fs.ls(inner):
-            raise UserError(f"output={mask(path)} is not empty and has no settings.json of raysys; give a new folder")
-        write_json(settings_file, {"verb": verb, "fingerprint": mark, "settings": settings})
     return Output(path, verb, mark, finished=exists(join(path, "manifest.json")))
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+
+from raysys.regions.detector import Boxes
+from raysys.regions.engine import Engine
+from raysys.regions.recognizer import Reading
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +49,23 @@ def text_jpeg(text: str, size: tuple[int, int] = (320, 160), font_px: int = 40) 
     image = Image.new("RGB", size, (240, 240, 230))
     ImageDraw.Draw(image).text((20, size[1] // 3), text, fill=(20, 20, 60), font=ImageFont.load_default(font_px))
     return jpeg(image)
+
+
+def hanging_jpeg(side_px: int = 4000, scans: int = 8000) -> bytes:
+    """A small gray progressive JPEG that libjpeg decodes for most of a minute, at any DCT scale: each scan goes over all coefficients.
+
+    ITU-T T.81: a scan here refines AC 1..63 and is but zero bits, of which 15 say that the next 2**14 blocks are unchanged (EOB14).
+    """
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return b"\xff" + bytes([marker]) + (len(body) + 2).to_bytes(2, "big") + body
+
+    side, runs = side_px.to_bytes(2, "big"), math.ceil(math.ceil(side_px / 8) ** 2 / 2**14)
+    quantisation = segment(0xDB, bytes([0] + 64 * [16]))
+    frame = segment(0xC2, bytes([8, *side, *side, 1, 1, 0x11, 0]))
+    huffman = segment(0xC4, bytes([0x10, 1, *15 * [0], 0xE0]))  # the one code, a zero bit, is EOB14
+    scan = segment(0xDA, bytes([1, 1, 0, 1, 63, 0x10])) + bytes(math.ceil(runs * 15 / 8))
+    return b"\xff\xd8" + quantisation + frame + huffman + scans * scan + b"\xff\xd9"
 
 
 def write_tar(path: Path, members: Members) -> Path:
@@ -97,6 +119,23 @@ def small_corpus(tmp_path: Path) -> Path:
         members += sample(f"{shard}902", b"<html>not found</html>", "a broken link")
         write_tar(tmp_path / "corpus" / f"train-{shard:05d}.tar", members)
     return tmp_path / "corpus"
+
+
+class _BrightPicturesHaveText:
+    """A detector and a recogniser for tests of what stands around them: one box in a bright picture, and it reads SALE."""
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Boxes]:
+        box = np.array([[[4, 4], [28, 4], [28, 16], [4, 16]]], np.float32)
+        return [Boxes(box, np.array([0.9], np.float32)) if p.mean() > 200 else Boxes.none() for p in pictures]
+
+    def read(self, lines: Sequence[np.ndarray]) -> list[Reading]:
+        return [Reading("SALE", 0.99) for _ in lines]
+
+
+@pytest.fixture
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = _BrightPicturesHaveText()
+    monkeypatch.setattr("raysys.regions.annotator.open_engine", lambda ocr: Engine([fake] * len(ocr.looks), fake))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raysys.cli import HELP, compose_config
-from raysys.config import VERBS
+from raysys.config import VERBS, AugmentConfig, LookConfig, OcrConfig, PolicyConfig
 from raysys.storage import UserError
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -22,7 +22,12 @@ Cli = Callable[..., tuple[int, str, str]]
         (["anotate"], "did you mean annotate?"),
         (["annotate", "corpus.path=x"], "missing: output=..."),
         (["annotate", "corpus.pat=x", "output=y"], "did you mean corpus.path?"),
-        (["annotate", "ocr=quick", "corpus.path=x", "output=y"], "choose from default, fast, scenes, thorough"),
+        (
+            ["annotate", "ocr=quick", "corpus.path=x", "output=y"],
+            "choose from default, fast, scenes, thorough, or give a YAML file",
+        ),
+        (["filter", "policy=mine.yaml", "annotations=x", "output=y"], "policy=mine.yaml: no such file"),
+        (["annotate", "ocr=presets/mine", "corpus.path=x", "output=y"], "ocr=presets/mine: no such file"),
         (["annotate", "ocr.engine=tesseract", "corpus.path=x", "output=y"], "not one of onnx, openvino, paddle, torch"),
         (["annotate", "ocr.max_regions=wide", "corpus.path=x", "output=y"], "ocr.max_regions: Value 'wide'"),
         (["annotate", "ocr.max_regions=1,2", "corpus.path=x", "output=y"], "several values"),
@@ -82,6 +87,80 @@ def test_a_group_and_a_key_in_it() -> None:
     assert (cfg.policy.name, cfg.policy.max_text_area, cfg.policy.max_caption_overlap) == ("parrot", 1.0, 0.5)
 
 
+def test_a_group_from_a_file_stands_on_the_defaults_and_words_come_after_it(tmp_path: Path) -> None:
+    file = tmp_path / "small-text.yaml"
+    file.write_text("max_text_area: 0.2\nmax_regions: 3\n")
+    cfg = compose_config("filter", ["policy.max_text_area=.1", f"policy={file}", "annotations=a", "output=o"])
+    assert cfg.policy == PolicyConfig(name="small-text", max_text_area=0.1, max_regions=3)
+    file.write_text("name: mine\n")
+    assert compose_config("filter", [f"policy={file}", "annotations=a", "output=o"]).policy == PolicyConfig(name="mine")
+
+
+def test_a_file_takes_the_place_of_the_verbs_own_choice(tmp_path: Path) -> None:
+    ocr, augment = tmp_path / "ocr.yml", tmp_path / "augment.yaml"
+    ocr.write_text("looks:\n  - {enlarge: 3, max_side_px: 640}\n")
+    augment.write_text("")
+    cfg = compose_config("demo", [f"ocr={ocr}", f"augment={augment}", "output=o"])  # demo's own: ocr=scenes, augment=scenes
+    assert cfg.ocr == OcrConfig(looks=[LookConfig(enlarge=3.0, max_side_px=640)])
+    assert cfg.augment == AugmentConfig()
+
+
+def test_a_config_file_may_choose_a_group_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("max_regions: 5\n")
+    Path("all.yaml").write_text("policy: my.yaml\nannotations: a\n")
+    cfg = compose_config("filter", ["config=all.yaml", "output=o", "policy.min_score=0.6"])
+    assert cfg.policy == PolicyConfig(name="my", max_regions=5, min_score=0.6)
+    assert compose_config("filter", ["config=all.yaml", "output=o", "policy=area"]).policy.name == "area"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        (
+            "max_text_are: 0.1\n",
+            "policy=my.yaml: unknown key 'policy.max_text_are'; did you mean policy.max_text_area, policy.min_text_score?",
+        ),
+        ("policy: {max_text_area: 0.1}\n", "policy=my.yaml: unknown key 'policy.policy'"),
+        ("max_text_area: much\n", "policy=my.yaml: policy.max_text_area: Value 'much'"),
+        ("max_text_area: [0.1]\n", "policy=my.yaml: policy.max_text_area: "),
+        ("max_text_area: null\n", "policy=my.yaml: policy.max_text_area: "),
+        ("max_text_area: {a: 1}\n", "policy=my.yaml: unknown key 'policy.max_text_area.a'"),
+        ("- max_text_area\n", "policy=my.yaml: must hold keys and values"),
+        ("max_text_area: [0.1\n", "policy=my.yaml: not valid YAML"),
+        ("max_text_area: 2\n", "policy.max_text_area=2.0 must lie in 0..1"),
+    ],
+)
+def test_a_mistake_in_a_groups_file_names_file_and_key(
+    run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yaml: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(yaml)
+    status, _, err = run_cli("filter", "policy=my.yaml", "annotations=a", "output=o")
+    assert status == 2
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_in_a_list_of_a_groups_file_names_file_and_key(tmp_path: Path) -> None:
+    file = tmp_path / "ocr.yaml"
+    file.write_text("looks:\n  - {enlarg: 3}\n")
+    with pytest.raises(UserError, match=r"ocr=.*ocr.yaml: .*enlarg"):
+        compose_config("annotate", [f"ocr={file}", "corpus.path=c", "output=o"])
+
+
+def test_a_wrong_type_in_a_config_file_names_file_and_key(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("optim: {lr: fast}\n")
+    with pytest.raises(UserError, match=r"config=.*bad.yaml: optim.lr: Value 'fast'"):
+        compose_config("train", [f"config={file}"])
+
+
+def test_help_says_that_a_group_may_be_a_file(run_cli: Cli) -> None:
+    _, out, _ = run_cli("filter", "--help")
+    assert "choices (group=one of these, or a YAML file of its keys: policy=my.yaml):\n  policy=area,none,paper,parrot\n" in out
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_and_cfg_of_every_verb(run_cli: Cli, verb: str) -> None:
     status, out, _ = run_cli(verb, "--help")
@@ -96,3 +175,27 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "raysys annotate: unknown key 'ocr.engin'; did you mean ocr.engine?\n"
+
+
+def test_sources_are_named_by_the_user(tmp_path: Path) -> None:
+    words = ["corpus.sources.a.path=/x/{0..1}.tar", "corpus.sources.b.path=/y", "output=O"]
+    cfg = compose_config("annotate", words)
+    assert {name: source.path for name, source in cfg.corpus.sources.items()} == {"a": "/x/{0..1}.tar", "b": "/y"}
+    file = tmp_path / "c.yaml"
+    file.write_text("corpus: {sources: {a: {path: /z}}}\n")
+    cfg = compose_config("annotate", [f"config={file}", "corpus.sources.b.path=/y", "output=O"])
+    assert sorted(cfg.corpus.sources) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "missing: corpus.path"),
+        (["corpus.sources.a.pat=/x"], "did you mean corpus.sources.a.path"),
+        (["corpus.sources.a.path=/x", "corpus.path=/y"], "both given"),
+        (["corpus.sources.a/b.path=/x"], "without a slash"),
+    ],
+)
+def test_a_corpus_that_is_not_clear_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compose_config("annotate", [*words, "output=O"])

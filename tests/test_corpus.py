@@ -1,68 +1,20 @@
-"""Pictures, shards, order."""
+"""Shards, order."""
 
 from __future__ import annotations
 
-import io
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import jpeg, noise_jpeg, sample, write_tar
-from PIL import Image
 
-from raysys.corpus.images import BrokenImage, decode
+from raysys.config import CorpusConfig
 from raysys.corpus.index import PictureReader, ShardRows, build_index
 from raysys.corpus.order import Order
-from raysys.corpus.prefetch import prefetch
-from raysys.corpus.shards import DamagedShard, iter_samples, open_corpus
+from raysys.corpus.samples import DamagedShard
+from raysys.corpus.shards import iter_samples, open_corpus
 from raysys.storage import UserError
-
-
-def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (None, "missing_image"),
-        (b"", "empty"),
-        (b"<html></html>", "not_an_image"),
-        (noise_jpeg(1, 200)[:700], "undecodable"),
-        (_saved(Image.new("L", (20_000, 10_000)), "PNG"), "too_large"),
-    ],
-)
-def test_a_broken_picture_has_a_reason(data: bytes | None, reason: str) -> None:
-    with pytest.raises(BrokenImage) as caught:
-        decode(data)
-    assert caught.value.reason == reason
-
-
-def test_exif_rotation_is_applied() -> None:
-    image = Image.new("RGB", (60, 30), (200, 0, 0))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture = decode(_saved(image, "JPEG", exif=exif))
-    assert (picture.width, picture.height) == (30, 60)
-    assert picture.pixels.shape == (60, 30, 3)
-
-
-def test_transparency_lies_on_white_and_16_bits_are_scaled() -> None:
-    clear = decode(_saved(Image.new("RGBA", (2, 2), (0, 0, 0, 0)), "PNG")).pixels
-    assert (clear == 255).all()
-    deep = decode(_saved(Image.fromarray(np.full((2, 2), 0x80FF, np.uint16)), "PNG")).pixels
-    assert (deep == 0x80).all()
-
-
-def test_reduced_decode_keeps_the_pictures_size() -> None:
-    picture = decode(noise_jpeg(3, 640), min_side_px=100)
-    assert (picture.width, picture.height) == (640, 640)
-    assert 100 <= picture.pixels.shape[0] < 640
 
 
 def test_samples_their_places_and_captions(tmp_path: Path) -> None:
@@ -107,7 +59,7 @@ def test_what_is_no_tar_is_damaged(tmp_path: Path) -> None:
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(UserError, match="uncompressed"):
-        open_corpus(f"{tmp_path}/*.tar.gz")
+        open_corpus(CorpusConfig(f"{tmp_path}/*.tar.gz"))
 
 
 def test_index_reads_the_original_bytes(tmp_path: Path) -> None:
@@ -167,35 +119,3 @@ def test_json_that_is_damaged_does_not_hide_the_caption(tmp_path: Path) -> None:
     assert next(iter_samples(str(path))).captions == ["good"]
     path = write_tar(tmp_path / "b.tar", [("1.json", json.dumps({"caption": "from json"}).encode())])
     assert next(iter_samples(str(path))).captions == ["from json"]
-
-
-# ---- prefetch --------------------------------------------------------------------------------------------------------
-
-
-def test_prefetch_keeps_order_and_stays_ahead_by_so_many() -> None:
-    drawn: list[int] = []
-
-    def source() -> Iterator[int]:
-        for number in range(20):
-            drawn.append(number)
-            yield number
-
-    results = prefetch(source(), lambda number: number * number, threads=3, ahead=5)
-    deadline = time.monotonic() + 10
-    while len(drawn) < 5 and time.monotonic() < deadline:  # begins before the first result is asked for
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert drawn == list(range(5))
-    assert list(results) == [number * number for number in range(20)]
-
-
-def test_prefetch_raises_where_the_result_would_have_come() -> None:
-    def work(number: int) -> int:
-        if number == 3:
-            raise ValueError("three")
-        return number
-
-    results = prefetch(range(9), work, threads=2, ahead=4)
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(ValueError, match="three"):
-        next(results)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from raysys.config import OcrConfig
-from raysys.regions.annotator import SCHEMA, Annotator, annotate_shard, count, to_parquet
+from raysys.regions.annotations import SCHEMA, Counts
+from raysys.regions.annotator import Annotator
 from raysys.regions.detector import MEAN, STD, boxes_of_map, input_size, network_input, order_corners
 from raysys.regions.geometry import keep_best, polygon_area, union_area
 from raysys.regions.recognizer import cut_out, decode_ctc, line_input
+from raysys.regions.units import look_at_shard
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
@@ -110,14 +112,12 @@ def test_the_better_of_two_overlapping_polygons_stays() -> None:
 
 
 def test_a_shard_becomes_a_table_of_the_contract(small_corpus) -> None:  # type: ignore[no-untyped-def]
-    table = annotate_shard(str(small_corpus / "train-00000.tar"), "train-00000.tar", Annotator(OcrConfig()))
+    table, _, damaged = look_at_shard(str(small_corpus / "train-00000.tar"), "train-00000.tar", None, Annotator(OcrConfig()))
     assert table.schema.names == SCHEMA.names and table.num_rows == 15
     assert table["key"].to_pylist()[-3:] == ["0900", "0901", "0902"]
-    assert table["error"].to_pylist() == [None] * 14 + ["not_an_image"]
-    counts = count(table)
-    assert (counts.samples, counts.errors, counts.damaged) == (15, {"not_an_image": 1}, None)
-    assert counts.with_regions >= 2
-    assert to_parquet(table, fingerprint="abc").startswith(b"PAR1")
+    assert table["error"].to_pylist() == [None] * 14 + ["html"]
+    counts = Counts.of(table)
+    assert (counts.samples, counts.errors, counts.with_text, damaged) == (15, {"html": 1}, 2, "")
 
 
 def test_one_thread_an_actor() -> None:

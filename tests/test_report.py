@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from raysys.regions.annotations import SCHEMA, AnnotationFiles
 from raysys.reporting import html
 from raysys.reporting.html import report, series_of
 from raysys.storage import UserError, identity, write_json
@@ -56,7 +57,7 @@ def annotated(root: Path) -> Path:
     out = folder(
         root / "annotations",
         "annotate",
-        {"corpus": {"path": str(root / "corpus"), "root": str(root / "corpus")}},
+        {"corpus": {"path": str(root / "corpus"), "roots": {"": str(root / "corpus")}}},
         {"samples": 4321, "shards": 2, "regions": 2, "with_regions": 2, "errors": {"undecodable": 17}, "damaged_shards": {}},
     )
     for shard, looks in (("a b.tar", [(HOSTILE, []), ("a sign", [REGION])]), ("c.tar", [("a wall", [FAINT]), ("broken", None)])):
@@ -85,15 +86,8 @@ def annotated(root: Path) -> Path:
             }
             for i, (caption, regions) in enumerate(looks)
         ]
-        schema = pa.schema(
-            [("regions", pa.list_(pa.struct([("polygon", pa.list_(pa.float32(), 8))] + [(k, pa.float32()) for k in ("score", "area")]
-             + [("text", pa.string()), ("text_score", pa.float32())])))]
-            + [(k, pa.string()) for k in ("shard", "key", "error")] + [(k, pa.int32()) for k in ("index", "width", "height")]
-            + [(k, pa.int64()) for k in ("offset", "size")] + [("caption", pa.list_(pa.string())), ("text_area", pa.float32())]
-        )  # fmt: skip
-        shard_identity = {"raysys.identity": identity(str(root / "corpus" / shard))}  # differs, as real shards' metadata does
-        (out / "shards").mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata(shard_identity)), out / "shards" / f"{name}.parquet")
+        made_of = identity(str(root / "corpus" / shard))
+        AnnotationFiles(str(out), "mark").write_shard(name, pa.Table.from_pylist(rows, schema=SCHEMA), made_of=made_of, damaged="")
     return out
 
 

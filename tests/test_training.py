@@ -17,8 +17,10 @@ from raysys.config import AugmentConfig, CorpusConfig, LoopConfig, OptimConfig, 
 from raysys.corpus.order import Order
 from raysys.models import load_model
 from raysys.policy.select import filter_annotations
-from raysys.regions.annotator import Annotator, annotate_shard, to_parquet
-from raysys.storage import UserError, open_output, write_bytes
+from raysys.regions.annotations import AnnotationFiles
+from raysys.regions.annotator import Annotator
+from raysys.regions.units import look_at_shard
+from raysys.storage import UserError, open_output
 from raysys.training import checkpoint, loop
 from raysys.training.augment import crop_box, make_view, view_rng
 from raysys.training.ingest import BatchReader
@@ -132,10 +134,10 @@ def annotator() -> Annotator:
 def annotations(tmp_path: Path, small_corpus: Path, annotator: Annotator) -> Path:
     """What raysys annotate writes, without Ray."""
     ocr = {"store_score": 0.3, "recognize": True}
-    out = open_output(str(tmp_path / "annotations"), "annotate", {"corpus": {"path": "", "root": str(small_corpus)}, "ocr": ocr})
+    out = open_output(str(tmp_path / "annotations"), "annotate", {"corpus": {"roots": {"": str(small_corpus)}}, "ocr": ocr})
     for shard in sorted(small_corpus.iterdir()):
-        table = annotate_shard(str(shard), shard.name, annotator)
-        write_bytes(out.join("shards", f"{shard.name}.parquet"), to_parquet(table, fingerprint=out.fingerprint))
+        table, made_of, damaged = look_at_shard(str(shard), shard.name, None, annotator)
+        AnnotationFiles(out.path, out.fingerprint).write_shard(shard.name, table, made_of=made_of, damaged=damaged)
     out.finish({"samples": 30})
     return tmp_path / "annotations"
 
@@ -143,10 +145,10 @@ def annotations(tmp_path: Path, small_corpus: Path, annotator: Annotator) -> Pat
 def test_policy_decides_which_samples(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
     cfg = config(tmp_path, small_corpus, tiny_model, annotations=str(annotations))
     index, evidence = choose_samples(cfg)
-    assert (len(index), index.num_samples_before, index.reasons) == (24, 30, {"text_area": 4, "not_an_image": 2})
+    assert (len(index), index.num_samples_before, index.reasons) == (24, 30, {"text_area": 4, "html": 2})
     assert evidence["annotations"]
     everything, _ = choose_samples(replace(cfg, policy=PolicyConfig(name="none", max_text_area=1.0)))
-    assert (len(everything), everything.reasons) == (28, {"not_an_image": 2})
+    assert (len(everything), everything.reasons) == (28, {"html": 2})
 
 
 def test_a_selection_gives_the_same_samples(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
@@ -171,7 +173,7 @@ def test_a_changed_shard_is_refused(tmp_path: Path, small_corpus: Path, annotati
 
 def test_a_shard_without_annotations_is_refused(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
     write_tar(small_corpus / "train-00002.tar", sample("x", noise_jpeg(1)))
-    with pytest.raises(UserError, match=r"train-00002.tar is not annotated"):
+    with pytest.raises(UserError, match=r"train-00002.tar of the corpus is not annotated"):
         choose_samples(config(tmp_path, small_corpus, tiny_model, annotations=str(annotations)))
 
 
@@ -182,7 +184,7 @@ def test_less_than_a_batch_is_refused(tmp_path: Path, plain_corpus: Path, tiny_m
 
 def test_a_broken_picture_without_annotations_is_named(tmp_path: Path, small_corpus: Path, tiny_model: str) -> None:
     cfg = config(tmp_path, small_corpus, tiny_model)
-    with pytest.raises(UserError, match=r"train-0000\d.tar at byte \d+: not_an_image; annotate the corpus first"):
+    with pytest.raises(UserError, match=r"train-0000\d.tar at byte \d+: html; annotate the corpus first"):
         list(_reader(cfg, 0, 1).batches(0, 6))
 
 

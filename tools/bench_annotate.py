@@ -34,8 +34,9 @@ from PIL import Image
 
 from raysys.config import LookConfig, OcrConfig
 from raysys.corpus.scenes import draw_scene, write_corpus
-from raysys.regions.annotator import Annotator, annotate_shard
+from raysys.regions.annotator import Annotator
 from raysys.regions.models import find_model, paddle_folder
+from raysys.regions.units import look_at_shard
 
 TURN = 20
 SIDE_PX = 960
@@ -158,7 +159,7 @@ def steady(times: list[list[tuple[float, int]]]) -> float:
 def bare(shards: list[Path]) -> Iterator[tuple[float, int]]:
     annotator = Annotator(OcrConfig())
     for shard in shards:
-        table = annotate_shard(str(shard), shard.name, annotator)
+        table, _, _ = look_at_shard(str(shard), shard.name, None, annotator)
         yield time.time(), table.num_rows
 
 

@@ -57,12 +57,13 @@ from torch.autograd import DeviceType
 from raysys.config import LookConfig, OcrConfig, PolicyConfig
 from raysys.policy.policy import judge
 from raysys.regions import annotator as annotator_module
-from raysys.regions import torch_engine
-from raysys.regions.annotator import Annotator, annotate_shard
+from raysys.regions import torch_engine, units
+from raysys.regions.annotator import Annotator
 from raysys.regions.detector import MEAN, STD, input_size
 from raysys.regions.engine import Engine, open_engine
 from raysys.regions.models import find_model
 from raysys.regions.torch_graph import import_onnx
+from raysys.regions.units import look_at_shard
 
 SIZES = ((640, 480), (480, 640), (640, 427))
 """Width and height of the drawn pictures, in turn."""
@@ -313,7 +314,7 @@ def timers(clock: Clock) -> Iterator[None]:
         for owner, name, replacement in (
             (module, "open_engine", timed_engine),
             (module, "prefetch", clock.around_each(WAIT, module.prefetch)),
-            (module, "iter_samples", clock.around_each(TAR, module.iter_samples)),
+            (units, "iter_samples", clock.around_each(TAR, units.iter_samples)),
             (module, "decode", clock.around(DECODE, module.decode)),
             (module, "cut_out", clock.around(CUTTING, module.cut_out)),
             (torch_engine, "boxes_of_map", clock.around(CONTOURS, torch_engine.boxes_of_map)),
@@ -358,7 +359,7 @@ def verdicts_per_s(ocr: OcrConfig, pictures: Pictures, folder: Path) -> tuple[fl
     pictures.write_tar(shard)
 
     def verdicts(path: Path) -> list[bool]:
-        table = annotate_shard(str(path), path.name, annotator)
+        table, _, _ = look_at_shard(str(path), path.name, None, annotator)
         with clock(POLICY):
             return [not keep for keep in judge(table, PolicyConfig())["keep"].to_pylist()]
 

@@ -1,132 +1,131 @@
-"""WebDataset tars -> samples, with the place of every picture in its shard.
+"""A corpus as the user names it -> its shards; a shard, whatever its format -> samples.
 
-In: a path as the user wrote it. Out: :class:`Corpus` (which shards) and :func:`iter_samples` (what stands in one).
-A sample is a run of neighbouring members that share a key: ``KEY.jpg|jpeg|png|webp|gif|bmp``, ``KEY.txt``, ``KEY.json``.
+In: ``corpus.path`` or ``corpus.sources``. Out: :class:`Corpus`, and for each :class:`Shard` its samples, its parts (ranges of a large
+shard) and its pictures. The formats stand in :mod:`tars`, :mod:`parquet` and :mod:`folder`; nothing else knows them.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import ModuleType
+from urllib.parse import unquote
 
-from raysys.storage import UserError, join, list_files, open_fs, shard_name
+from raysys.config import CorpusConfig, SourceConfig
+from raysys.corpus import folder, parquet, tars
+from raysys.corpus.samples import Part, Plan, Sample
+from raysys.storage import FileInfo, UserError, absolute, find_files, identity, join, mask, shard_name
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+CAPTION_FILES = ("captions.csv", "captions.jsonl")
+MAX_NAME_BYTES = 200
+"""Of a shard's name in file names; file systems end at 255, and raysys appends to it."""
 
 
-class DamagedShard(ValueError):
-    """The shard ends early or is no tar; what came before stays good."""
+@dataclass(frozen=True)
+class Shard:
+    """A file of a corpus: a tar, a Parquet file, or the captions file of a folder of pictures."""
+
+    name: str
+    """Its path below the corpus root, with ``SOURCE/`` before it where there are several sources; percent-encoded."""
+    path: str
+    size: int
+    """Bytes of the file."""
+    identity: str
+    """Size and etag or modification time, as the listing gave them."""
+    modified: float = 0.0
+    """Seconds since 1970."""
+
+    @property
+    def picture_bytes(self) -> int:
+        """Estimate of what its pictures weigh: of a captions file 500 times its own size (100 bytes a line, 50 KB a picture)."""
+        return self.size * (500 if self.path.endswith((".csv", ".jsonl")) else 1)
 
 
 @dataclass
 class Corpus:
-    root: str
-    """Folder that the shards share; names are relative to it, so a mount may move."""
-    shards: list[str]
-    """Sorted paths relative to the root."""
-
-    def path(self, shard: str) -> str:
-        return join(self.root, shard)
+    roots: dict[str, str]
+    """Source -> the folder that its shards share; one source without a name is ``""``. Names are relative, so a mount may move."""
+    shards: list[Shard]
+    """Sorted by name."""
 
 
-@dataclass
-class Sample:
-    index: int
-    """Position within the shard."""
-    key: str
-    image: bytes | None = None
-    offset: int = -1
-    size: int = -1
-    """Bytes of the image member within the shard; -1 where it is missing."""
-    captions: list[str] = field(default_factory=list)
-    metadata: bytes = b""
-    """The .json member as it is; empty where there is none."""
+def open_corpus(corpus: CorpusConfig) -> Corpus:
+    """List the shards. :raises UserError: where there are none, their format is not clear, or raysys cannot read it."""
+    sources = {"": corpus.path} if corpus.path is not None else {name: source.path for name, source in corpus.sources.items()}
+    roots: dict[str, str] = {}
+    shards: list[Shard] = []
+    for source, path in sources.items():
+        roots[source], files = _shard_files(path)
+        for file in files:
+            name = shard_name(join(source, file.path) if source else file.path)
+            if len(name) > MAX_NAME_BYTES:
+                raise UserError(f"{mask(path)}: the name of shard {file.path} is too long (percent-encoded {len(name)} bytes, at most "
+                                f"{MAX_NAME_BYTES}); point corpus.path at a deeper folder, or rename it")  # fmt: skip
+            shards.append(Shard(name, join(roots[source], file.path), file.size, file.identity, file.modified))
+    return Corpus(roots, sorted(shards, key=lambda shard: shard.name))
 
 
-def open_corpus(path: str) -> Corpus:
-    """:raises UserError: where there is no shard, or a shard is compressed (its offsets would mean nothing)."""
-    root, shards = list_files(path, ".tar")
-    odd = next((s for s in shards if not s.endswith(".tar")), None)
-    if odd:
-        raise UserError(f"{path}: {odd} is not an uncompressed .tar; raysys reads pictures by their place in it")
-    return Corpus(root, shards)
+def absolute_corpus(corpus: CorpusConfig) -> CorpusConfig:
+    """The same corpus for a process that runs in another folder."""
+    sources = {name: SourceConfig(absolute(source.path)) for name, source in corpus.sources.items()}
+    return CorpusConfig(absolute(corpus.path) if corpus.path is not None else None, sources)
 
 
-def same_corpus(path: str, root: str, names: list[str]) -> Corpus:
-    """The corpus at ``path``, checked to hold the shards that annotations name (percent-encoded).
+def shard_path(roots: dict[str, str], name: str) -> str:
+    """Where the shard of that name lies."""
+    relative = unquote(name)
+    if "" in roots:
+        return join(roots[""], relative)
+    source, _, rest = relative.partition("/")
+    if source not in roots:
+        raise ValueError(f"no root of shard {name} is known")
+    return join(roots[source], rest)
 
-    :raises UserError: where one is missing.
+
+def _shard_files(path: str) -> tuple[str, list[FileInfo]]:
+    """The root of a source and its shards: tars, else Parquet files, else captions files of folders with pictures."""
+    root, files = find_files(path, (".tar", ".parquet", *CAPTION_FILES))
+    kinds: dict[str, list[FileInfo]] = {".tar": [], ".parquet": [], "captions": []}
+    for file in files:
+        suffix = os.path.splitext(file.path)[1]
+        captions = os.path.basename(file.path) in CAPTION_FILES
+        kind = "captions" if captions or suffix in (".csv", ".jsonl") else suffix
+        if kind not in kinds:
+            raise UserError(f"{mask(path)}: {file.path} is not an uncompressed .tar, a .parquet or a captions file (.csv, .jsonl); "
+                            "raysys reads pictures by their place in it")  # fmt: skip
+        kinds[kind].append(file)
+    stems = {os.path.splitext(file.path)[0] for file in kinds[".tar"]}
+    if all(os.path.splitext(file.path)[0] in stems for file in kinds[".parquet"]):
+        kinds[".parquet"] = []  # img2dataset writes the metadata of 00000.tar beside it as 00000.parquet
+    several = {kind: found for kind, found in kinds.items() if found}
+    if len(several) > 1:
+        counts = " and ".join(f"{len(found)} {kind} files" for kind, found in several.items())
+        raise UserError(f"{mask(path)}: holds {counts}; say which are the corpus with a glob (corpus.path='{mask(path)}/*.tar')")
+    return root, next(iter(several.values()))
+
+
+def _format(path: str) -> ModuleType:
+    return {".tar": tars, ".parquet": parquet}.get(os.path.splitext(path)[1], folder)
+
+
+def iter_samples(path: str, part: Part | None = None) -> Iterator[Sample]:
+    """Samples of a shard, or of a part of it, in order; memory holds few samples at a time.
+
+    :raises DamagedShard: after the last good sample, where the shard breaks off.
     """
-    corpus = open_corpus(path)
-    there = {shard_name(s) for s in corpus.shards}
-    missing = [n for n in names if n not in there]
-    if missing:
-        raise UserError(
-            f"corpus.path={path}: {len(missing)} annotated shards are not there, {missing[0]} first (annotated at {root})"
-        )
-    return corpus
+    samples: Iterator[Sample] = _format(path).iter_samples(path, part)
+    return samples
 
 
-def iter_samples(path: str) -> Iterator[Sample]:
-    """Samples of one tar in order; memory holds one sample at a time.
-
-    :raises DamagedShard: after the last good sample, where the tar breaks off.
-    """
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as file:
-        index = 0
-        key: str | None = None
-        members: dict[str, tuple[bytes, int, int]] = {}
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    folder, name = os.path.split(member.name)
-                    stem, _, suffix = name.partition(".")
-                    here = f"{folder}/{stem}" if folder else stem
-                    if key is not None and here != key:
-                        yield _sample(index, key, members)
-                        index += 1
-                        members = {}
-                    key = here
-                    content = tar.extractfile(member)
-                    assert content is not None  # a regular file has content
-                    data = content.read()
-                    if len(data) < member.size:
-                        raise tarfile.ReadError("a member is cut off")
-                    members[suffix.lower()] = (data, member.offset_data, member.size)
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it saw; a shard may hold millions
-        except (tarfile.TarError, EOFError) as error:
-            complete = key is not None and any(s in members for s in IMAGE_SUFFIXES)
-            if key is not None and complete:
-                yield _sample(index, key, members)
-            raise DamagedShard(str(error)) from error
-        if key is not None:
-            yield _sample(index, key, members)
+def plan_parts(path: str, part_bytes: int) -> Plan:
+    """Cut a shard into parts of about so many bytes: one pass over its headers, no picture is read."""
+    before = identity(path)
+    parts, damaged = _format(path).plan_parts(path, part_bytes)
+    return Plan(before, parts, damaged)
 
 
-def _sample(index: int, key: str, members: dict[str, tuple[bytes, int, int]]) -> Sample:
-    suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
-    data, offset, size = members[suffix] if suffix else (None, -1, -1)
-    return Sample(index, key, data, offset, size, _captions(members), members.get("json", (b"", 0, 0))[0])
-
-
-def _captions(members: dict[str, tuple[bytes, int, int]]) -> list[str]:
-    """``captions`` of the JSON, else the .txt, else ``caption`` of the JSON; none where all are missing."""
-    info: object = {}
-    if "json" in members:
-        try:
-            info = json.loads(members["json"][0])
-        except ValueError:
-            info = {}  # metadata of a crawler; the caption may still stand in the .txt
-    info = info if isinstance(info, dict) else {}
-    several = info.get("captions")
-    if isinstance(several, list) and several and all(isinstance(c, str) for c in several):
-        return several
-    if "txt" in members:
-        return [members["txt"][0].decode("utf-8", errors="replace").strip()]
-    return [info["caption"]] if isinstance(info.get("caption"), str) else []
+def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
+    """Bytes of one picture by its place in the shard, as the annotations have it."""
+    data: bytes = _format(path).read_image(path, index=index, offset=offset, size=size)
+    return data

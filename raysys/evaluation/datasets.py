@@ -23,7 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from raysys.config import ClassSetConfig, RetrievalSetConfig
-from raysys.corpus.shards import DamagedShard, iter_samples
+from raysys.corpus.samples import DamagedShard
+from raysys.corpus.shards import iter_samples
 from raysys.storage import UserError, exists, fingerprint, is_local, join, list_files, mask, open_fs, read_bytes, read_json
 
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp")

@@ -1,59 +1,29 @@
-"""The look: the bytes of a picture -> everything a policy may want to know; a shard -> one Parquet table.
+"""The look: the bytes of a picture -> everything a policy may want to know.
 
-In: samples of :mod:`raysys.corpus.shards`. Out: rows with the columns of ``SCHEMA`` (a contract, see README). No Ray here.
+In: bytes. Out: :class:`Look`. Leaves the files to :mod:`raysys.regions.annotations`. No Ray here.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import itertools
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raysys.config import LookConfig, OcrConfig
-from raysys.corpus.images import BrokenImage, Picture, decode
+from raysys.corpus.images import TIMEOUT, BrokenImage, Picture, decode
 from raysys.corpus.prefetch import prefetch
-from raysys.corpus.shards import DamagedShard, Sample, iter_samples
 from raysys.regions.detector import Boxes, Detector, input_size
 from raysys.regions.engine import open_engine
 from raysys.regions.geometry import keep_best, polygon_area, union_area
 from raysys.regions.recognizer import Reading, cut_out
-from raysys.storage import identity
 
 T = TypeVar("T")
-
-REGION = pa.struct(
-    [
-        ("polygon", pa.list_(pa.float32(), 8)),
-        ("score", pa.float32()),
-        ("area", pa.float32()),
-        ("text", pa.string()),
-        ("text_score", pa.float32()),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("index", pa.int32()),
-        ("key", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("caption", pa.list_(pa.string())),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("regions", pa.list_(REGION)),
-        ("text_area", pa.float32()),
-        ("error", pa.string()),
-    ]
-)
 
 
 @dataclass
@@ -124,8 +94,15 @@ class Annotator:
 
         A second call, from another thread, reads and decodes its first pictures, then waits until this one is through.
         """
-        opened = prefetch(pictures, self._open, threads=self._ocr.decode_threads, ahead=2 * self._ocr.batch)
-        with self._turn:
+        opened = prefetch(
+            pictures,
+            self._open,
+            threads=self._ocr.decode_threads,
+            ahead=self._ocr.batch + self._ocr.decode_threads,
+            limit_s=self._ocr.decode_timeout_s,
+            late=lambda item: (item[0], BrokenImage(TIMEOUT)),
+        )
+        with contextlib.closing(opened), self._turn:
             while batch := list(itertools.islice(opened, self._ocr.batch)):
                 yield from zip((label for label, _ in batch), self._look_at([picture for _, picture in batch]), strict=True)
 
@@ -136,7 +113,7 @@ class Annotator:
         except BrokenImage as broken:
             return label, broken
         shrink = self._min_side_px / max(picture.pixels.shape)
-        if shrink < 0.5:  # what no DCT scale could shrink; some of these wait in memory
+        if shrink < 0.8:  # DCT scales are powers of two, and PNGs have none; some of these wait in memory
             picture.pixels = cv2.resize(picture.pixels, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         return label, picture
 
@@ -199,67 +176,3 @@ def _look_of(picture: Picture, found: _Regions) -> Look:
 def letters(text: str) -> int:
     """How many letters and digits."""
     return sum(character.isalnum() for character in text)
-
-
-@dataclass
-class ShardCounts:
-    """What the manifest says of one shard."""
-
-    samples: int
-    with_regions: int
-    regions: int
-    errors: dict[str, int]
-    damaged: str | None
-    """Why the shard broke off, None for a sound one."""
-
-
-def annotate_shard(path: str, name: str, annotator: Annotator) -> pa.Table:
-    """Look at every sample of a shard; a damaged one gives its good part and says so in the table's metadata.
-
-    :param name: the shard's percent-encoded name, as in the column ``shard``.
-    """
-    before = identity(path)
-    rows: list[dict[str, object]] = []
-    damage: list[str] = []
-    for sample, look in annotator.look_all(_with_pictures(path, damage)):
-        rows.append(
-            {
-                "shard": name,
-                "index": sample.index,
-                "key": sample.key,
-                "offset": sample.offset,
-                "size": sample.size,
-                "caption": sample.captions,
-                "width": look.width,
-                "height": look.height,
-                "regions": look.regions,
-                "text_area": look.text_area,
-                "error": look.error,
-            }
-        )
-    metadata = {"raysys.identity": before, "raysys.damaged": "; ".join(damage)}
-    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
-
-
-def _with_pictures(path: str, damage: list[str]) -> Iterator[tuple[Sample, bytes | None]]:
-    """Samples, and their pictures, which nothing holds on to once they are looked at; a damaged shard's good part, and the reason."""
-    try:
-        for sample in iter_samples(path):
-            data, sample.image = sample.image, None
-            yield sample, data
-    except DamagedShard as error:
-        damage.append(str(error) or "damaged")
-
-
-def to_parquet(table: pa.Table, *, fingerprint: str) -> bytes:
-    """The table as a Parquet file that repeats the fingerprint of the settings."""
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b"raysys.fingerprint": fingerprint}), buffer)
-    return buffer.getvalue()
-
-
-def count(table: pa.Table) -> ShardCounts:
-    lengths = table["regions"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-    errors = Counter(e for e in table["error"].to_pylist() if e is not None)
-    damaged = (table.schema.metadata or {}).get(b"raysys.damaged", b"").decode() or None
-    return ShardCounts(table.num_rows, int((lengths > 0).sum()), int(lengths.sum()), dict(errors), damaged)

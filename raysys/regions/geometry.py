@@ -11,10 +11,20 @@ import shapely
 
 def union_area(polygons: np.ndarray) -> float:
     """Share of the picture that [N, 4, 2] polygons cover together; overlaps count once, what lies outside does not."""
-    if len(polygons) == 0:
-        return 0.0
+    return float(union_areas(polygons, np.zeros(len(polygons), np.int64), 1)[0])
+
+
+def union_areas(polygons: np.ndarray, picture: np.ndarray, num_pictures: int) -> np.ndarray:
+    """float64 [num_pictures]: :func:`union_area` of many pictures at a time.
+
+    :param picture: int [N], ascending: whose polygon each is; a picture without one gets 0.
+    """
     shapes = shapely.make_valid(shapely.polygons(np.asarray(polygons, dtype=np.float64)))
-    return float(min(1.0, shapely.area(shapely.intersection(shapely.union_all(shapes), shapely.box(0, 0, 1, 1)))))
+    owners, place = np.unique(picture, return_inverse=True)
+    together = shapely.union_all(shapely.geometrycollections(shapes, indices=place)[:, None], axis=1)
+    areas = np.zeros(num_pictures)
+    areas[owners] = np.minimum(1.0, shapely.area(shapely.intersection(together, shapely.box(0, 0, 1, 1))))
+    return areas
 
 
 def polygon_area(polygon: np.ndarray) -> float:

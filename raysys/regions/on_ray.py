@@ -1,32 +1,57 @@
-"""``raysys annotate``: Ray Data maps a pool of OCR actors over the shards.
+"""``raysys annotate``: Ray Data maps a pool of OCR actors over units of work.
 
-One row of the data set is one shard: the actor streams the tar, catches what broken pictures raise, and writes one Parquet file whole
-or not at all. A shard is done when its file is there, so a rerun does what is left, and a late zombie writes the same bytes again.
+One row of the data set is one unit (:mod:`raysys.regions.units`): the actor streams its shards, catches what broken pictures raise, and
+writes Parquet files whole or not at all. A shard is done when its file is there, so a rerun does what is left.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig
-from raysys.corpus.shards import Corpus, open_corpus
+from raysys.corpus.samples import Plan
+from raysys.corpus.shards import Corpus, Shard, open_corpus, plan_parts
 from raysys.progress import Progress
-from raysys.regions.annotator import Annotator, annotate_shard, count, to_parquet
+from raysys.regions.annotations import AnnotationFiles, Counts, Head, read_heads
+from raysys.regions.annotator import Annotator
 from raysys.regions.models import find_models
-from raysys.storage import Output, UserError, join, open_fs, open_output, settings_of, shard_name, write_bytes
+from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, plan_units, unit_bytes
+from raysys.storage import Output, UserError, find_files, join, list_names, mask, open_output, read_json, remove_folder, settings_of
+
+WAVE = 10_000
+"""Units that Ray Data gets at once: it takes 1 ms to create one before the first starts, so a million would wait a quarter of an hour."""
+CLOCK_SLACK_S = 60.0
+"""A shard modified less than this before its annotations were written is compared by its footer: clocks differ."""
 
 
-class ShardAnnotator:
-    """One OCR actor: a shard in, its Parquet file on storage, its counts out."""
+class Tally:
+    """What the actors have seen so far, for the line of progress; the files have the true counts."""
 
-    def __init__(self, ocr: OcrConfig, folder: str, fingerprint: str) -> None:
-        self._folder, self._fingerprint = folder, fingerprint
+    def __init__(self) -> None:
+        self._counts, self._num_bytes = Counts(), 0
+
+    def add(self, counts: Counts, num_bytes: int) -> None:
+        self._counts += counts
+        self._num_bytes += num_bytes
+
+    def read(self) -> tuple[Counts, int]:
+        return self._counts, self._num_bytes
+
+
+class UnitAnnotator:
+    """One OCR actor: a unit in, its files on storage, its counts out."""
+
+    def __init__(self, ocr: OcrConfig, files: AnnotationFiles, tally: Any) -> None:
+        self._files, self._tally = files, tally
         self._annotator: Annotator | Exception
         try:
             self._annotator = Annotator(ocr)
@@ -35,95 +60,195 @@ class ShardAnnotator:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(self._annotator, UserError):
-            return {"name": row["name"], "samples": 0, "refused": str(self._annotator)}
+            return {"result": "", "refused": str(self._annotator)}
         if isinstance(self._annotator, Exception):
             raise self._annotator
-        table = annotate_shard(row["path"], row["name"], self._annotator)
-        data = to_parquet(table, fingerprint=self._fingerprint)
-        write_bytes(join(self._folder, "shards", f"{row['name']}.parquet"), data, tmp_folder=join(self._folder, "_tmp"))
-        return {"name": row["name"], "samples": table.num_rows, "refused": ""}
+        result = annotate_unit(Unit.from_json(row["unit"]), self._annotator, self._files, self._tally.add.remote)
+        return {"result": result.to_json(), "refused": ""}
 
 
 def annotate(cfg: AnnotateConfig) -> None:
-    corpus = open_corpus(cfg.corpus.path)
+    corpus = open_corpus(cfg.corpus)
     models = find_models(cfg.ocr)
     settings = settings_of(cfg) | {"models": models.sha256()}
-    settings["corpus"] = {"path": cfg.corpus.path, "root": corpus.root}
+    settings["corpus"] = {"path": mask(cfg.corpus.path or ""), "roots": corpus.roots}
     pool = {key: settings["ocr"].pop(key) for key in POOL_KEYS}
     output = open_output(cfg.output, "annotate", settings | {"pool": pool}, not_in_fingerprint=("pool", "corpus"))
-    done = done_shards(output)
-    todo = [s for s in corpus.shards if shard_name(s) not in done]
-    if not todo:
-        print(f"annotate: nothing is left to do, all {len(corpus.shards)} shards are annotated")
-    else:
-        if len(todo) < len(corpus.shards):
-            print(f"annotate: {len(corpus.shards) - len(todo)} of {len(corpus.shards)} shards are done already")
+    files = AnnotationFiles(output.path, output.fingerprint)
+    todo, changed = shards_to_do(corpus, output)
+    _say_what_is_done(corpus, todo, changed)
+    done: dict[str, Head] = {}
+    if todo:
         with ray_session(cfg.ray):
-            _annotate_shards(cfg.ocr, corpus, todo, output)
-    if todo or not output.finished:
-        output.finish(counts_of(output))
+            done = _annotate_shards(cfg.ocr, todo, files)
+    if todo or not _is_counted(output):
+        output.finish(counts_of(files, done))
+        remove_folder(output.join("_parts"))
+        remove_folder(output.join("_tmp"))
     _print_summary(output)
 
 
-def _annotate_shards(ocr: OcrConfig, corpus: Corpus, todo: list[str], output: Output) -> None:
-    actors = min(ocr.num_actors or num_cpus(), len(todo))
+def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles) -> dict[str, Head]:
+    """:returns: the heads of the shards that this call finished. :raises UserError: at the end, where storage would not give one."""
+    actors = ocr.num_actors or num_cpus()
     require(f"annotate with {actors} OCR actors", cpus=actors, gpus=actors * ocr.num_gpus_per_actor)
-    rows = [{"path": corpus.path(shard), "name": shard_name(shard)} for shard in todo]
-    looks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ShardAnnotator,  # type: ignore[arg-type]  # Ray takes a class here
-        fn_constructor_args=(ocr, output.path, output.fingerprint),
-        # Two shards an actor: while one is in the networks, the next is read and decoded (Annotator.look_all).
-        compute=ActorPoolStrategy(
-            size=actors, max_tasks_in_flight_per_actor=2, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
-        ),
-        num_cpus=1,
-        num_gpus=ocr.num_gpus_per_actor,
+    limit = unit_bytes(shards, actors=actors, unit_mb=ocr.unit_mb)
+    plans = _cut(large_shards(shards, limit), files, limit)
+    units = plan_units(shards, plans, files, limit)
+    tally = ray.remote(num_cpus=0, max_restarts=-1)(Tally).remote()
+    done: dict[str, Head] = {}
+    failed: dict[str, str] = {}
+    try:
+        with _progress(shards, tally) as finished:
+            while wave := list(itertools.islice(units, WAVE)):
+                for row in _pool(wave, min(actors, len(wave)), ocr, files, tally):
+                    if row["refused"]:
+                        raise UserError(row["refused"])
+                    result = UnitResult.from_json(row["result"])
+                    done |= result.done
+                    failed |= result.failed
+                    finished(result)
+    except OSError as error:
+        cause = getattr(error, "cause", error)  # Ray wraps an error of an actor; its own text holds a traceback
+        raise UserError(f"{mask(files.folder)}: {cause}; mend it and run the same words again, what is done stays done") from error
+    if failed:
+        name, why = min(failed.items())
+        raise UserError(f"{len(failed)} of {len(shards)} shards could not be read, the others are annotated; {name}: {why}")
+    return done
+
+
+def _pool(wave: list[Unit], actors: int, ocr: OcrConfig, files: AnnotationFiles, tally: Any) -> Iterable[dict[str, Any]]:
+    rows = [{"unit": unit.to_json()} for unit in wave]
+    return (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map(
+            UnitAnnotator,  # type: ignore[arg-type]  # Ray takes a class here
+            fn_constructor_args=(ocr, files, tally),
+            # Two units an actor: while one is in the networks, the next is read and decoded (Annotator.look_all).
+            compute=ActorPoolStrategy(
+                size=actors, max_tasks_in_flight_per_actor=2, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
+            num_cpus=1,
+            num_gpus=ocr.num_gpus_per_actor,
+        )
+        .iter_rows()
     )
-    progress = Progress("annotate", len(todo), "shards")
-    for row in looks.iter_rows():
-        if row["refused"]:
-            raise UserError(row["refused"])
-        progress.advance(items=row["samples"])
-    progress.close()
 
 
-def done_shards(output: Output) -> set[str]:
-    """Names of the shards whose Parquet file is there (one listing)."""
-    fs, folder = open_fs(output.join("shards"))
-    if not fs.exists(folder):
-        return set()
-    return {file.rsplit("/", 1)[-1].removesuffix(".parquet") for file in fs.ls(folder, detail=False) if file.endswith(".parquet")}
+def _cut(shards: list[Shard], files: AnnotationFiles, limit: int) -> dict[str, Plan]:
+    """A plan for every large shard: that of an earlier call, else one pass over its headers."""
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        [shard] = Unit.from_json(row["unit"]).shards
+        files.save_plan(shard, plan_parts(shard.path, limit))
+        return row
+
+    plans = {shard.name: files.plan(shard) for shard in shards}
+    rows = [{"unit": Unit([shard]).to_json()} for shard in shards if plans[shard.name] is None]
+    if rows:
+        ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut).materialize()
+        plans = {shard.name: files.plan(shard) for shard in shards}
+    return {name: plan for name, plan in plans.items() if plan is not None}  # one that changed just now is read whole
 
 
-def counts_of(output: Output) -> dict[str, Any]:
-    """Counts over all shards. :raises UserError: where no shard could be read at all."""
-    errors: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
+def shards_to_do(corpus: Corpus, output: Output) -> tuple[list[Shard], list[Shard]]:
+    """Shards without annotations, and those that changed since theirs were made; both are to do.
+
+    One listing finds what is done. Footers are read where the shard may be another: it is newer, or the corpus lies elsewhere now.
+    """
+    try:
+        _, written = find_files(output.join("shards"), (".parquet",))
+    except UserError:
+        return corpus.shards, []  # nothing is there yet
+    done = {file.path.removesuffix(".parquet"): file.modified for file in written}
+    moved = read_json(output.join("settings.json"))["settings"]["corpus"]["roots"] != corpus.roots
+    doubtful = [s for s in corpus.shards if s.name in done and (moved or s.modified > done[s.name] - CLOCK_SLACK_S)]
+    heads = read_heads([output.join("shards", f"{shard.name}.parquet") for shard in doubtful])
+    changed = [shard for shard, head in zip(doubtful, heads, strict=True) if head.identity != shard.identity]
+    names = {shard.name for shard in changed}
+    return [shard for shard in corpus.shards if shard.name not in done or shard.name in names], changed
+
+
+def _is_counted(output: Output) -> bool:
+    """Whether the manifest is there and of the files that are."""
+    names = list_names(output.join("shards"))
+    return output.finished and read_json(output.join("manifest.json"))["counts"]["shards"] == len(names)
+
+
+def counts_of(files: AnnotationFiles, done: dict[str, Head]) -> dict[str, Any]:
+    """Counts over all shards; footers are read of those that this call did not make.
+
+    :raises UserError: where a file is of other settings, or no sample could be read at all.
+    """
+    names = sorted(name.removesuffix(".parquet") for name in list_names(join(files.folder, "shards")))
+    others = [name for name in names if name not in done]
+    heads = done | dict(zip(others, read_heads([files.shard_file(name) for name in others]), strict=True))
+    total = Counts()
     damaged: dict[str, str] = {}
-    for name in sorted(done_shards(output)):
-        fs, path = open_fs(output.join("shards", f"{name}.parquet"))
-        with fs.open(path, "rb") as file:
-            shard = count(pq.read_table(file, columns=["regions", "error"]))
-        totals.update(samples=shard.samples, shards=1, regions=shard.regions, with_regions=shard.with_regions)
-        errors.update(shard.errors)
-        if shard.damaged:
-            damaged[name] = shard.damaged
-    if totals["samples"] == 0:
+    for name in names:
+        head = heads[name]
+        if head.fingerprint != files.fingerprint:
+            raise UserError(f"{mask(files.shard_file(name))}: made with other settings; delete it and run the same words again")
+        total += head.counts
+        if head.damaged:
+            damaged[name] = head.damaged
+    if total.samples == 0:
         reasons = ", ".join(sorted(set(damaged.values()))) or "the shards are empty"
-        raise UserError(f"no sample could be read from {totals['shards']} shards ({reasons}); is this a WebDataset?")
-    return {**totals, "errors": dict(errors), "damaged_shards": damaged}
+        raise UserError(f"no sample could be read from {len(names)} shards ({reasons}); is this the right corpus?")
+    return {"shards": len(names), **asdict(total), "damaged_shards": damaged}
+
+
+# ---- what the user sees -----------------------------------------------------------------------------------------------
+
+
+def _say_what_is_done(corpus: Corpus, todo: list[Shard], changed: list[Shard]) -> None:
+    if not todo:
+        print(f"annotate: nothing is left to do, all {len(corpus.shards)} shards are annotated")
+    elif len(todo) < len(corpus.shards):
+        print(f"annotate: {len(corpus.shards) - len(todo)} of {len(corpus.shards)} shards are done already")
+    if changed:
+        print(f"annotate: {len(changed)} shards changed since they were annotated and are looked at again, {changed[0].name} first")
+
+
+@contextmanager
+def _progress(shards: list[Shard], tally: Any) -> Iterator[Any]:
+    """A line of progress from what the actors report and from what is finished; yields the function that takes results."""
+    progress = Progress("annotate", len(shards), "shards")
+    total_bytes = max(sum(shard.picture_bytes for shard in shards), 1)
+    done_bytes = 0
+    ended = threading.Event()
+
+    def finished(result: UnitResult) -> None:
+        nonlocal done_bytes
+        done_bytes += result.num_bytes
+        progress.done += len(result.done) + len(result.failed)
+
+    def show() -> None:
+        while not ended.wait(progress.every_s):
+            seen, seen_bytes = ray.get(tally.read.remote())
+            note = f"text in {seen.with_text / max(seen.samples, 1):.1%}, {sum(seen.errors.values())} errors"
+            share = max(done_bytes, min(seen_bytes, int(0.99 * total_bytes))) / total_bytes
+            progress.show(seen.samples, share, note)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield finished
+    finally:
+        ended.set()
+        thread.join()
+        progress.close()
 
 
 def _print_summary(output: Output) -> None:
-    from raysys.storage import read_json
-
     counts = read_json(output.join("manifest.json"))["counts"]
-    share = counts["with_regions"] / counts["samples"]
-    print(
-        f"annotate: {counts['samples']} samples in {counts['shards']} shards, {counts['regions']} text regions, in {share:.1%} of them"
-    )
-    for reason, number in sorted(counts["errors"].items()):
-        print(f"annotate: {number} samples without a look: {reason}")
+    samples = counts["samples"]
+    print(f"annotate: {samples} samples in {counts['shards']} shards; text was read in {counts['with_text'] / samples:.1%} of them, "
+          f"{counts['regions']} regions in {counts['with_regions'] / samples:.1%}")  # fmt: skip
+    for reason, number in sorted(counts["errors"].items(), key=lambda item: (-item[1], item[0])):
+        print(f"annotate: {number} samples with an error: {reason}")
+    if counts["without_caption"]:
+        print(f"annotate: {counts['without_caption']} samples without a caption")
     for name, reason in sorted(counts["damaged_shards"].items()):
         print(f"annotate: shard {name} is damaged, its good part is kept: {reason}")
     print(f"result: {output.path}")

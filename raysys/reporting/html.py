@@ -15,7 +15,6 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
-from urllib.parse import unquote
 
 import jinja2
 import numpy as np
@@ -27,6 +26,7 @@ from PIL import Image
 
 from raysys.config import PolicyConfig, ReportConfig, TrainConfig, choices, config_dir
 from raysys.corpus.images import decode
+from raysys.corpus.shards import read_image, shard_path
 from raysys.policy.policy import judge
 from raysys.reporting import plots
 from raysys.storage import (
@@ -154,7 +154,7 @@ def read_rows(folder: str, columns: list[str]) -> tuple[pa.Table | None, str]:
         fs, inner = open_fs(join(root, name))
         with fs.open(inner) as file:
             parquet = pq.ParquetFile(file)
-            made_of = (parquet.schema_arrow.metadata or {}).get(b"raysys.identity", b"").decode()
+            made_of = (parquet.metadata.metadata or {}).get(b"raysys.identity", b"").decode()
             for batch in parquet.iter_batches(columns=columns):
                 batch = batch.slice(0, MAX_ROWS - read)
                 batches.append(batch.append_column("identity", pa.array([made_of] * batch.num_rows)))
@@ -192,7 +192,7 @@ def picture(data: Callable[[], bytes], lines: list[str], regions: Iterable[Regio
     return Picture("data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(), lines, list(regions))
 
 
-def sample_picture(row: dict[str, Any], corpus_root: str) -> Picture:
+def sample_picture(row: dict[str, Any], roots: dict[str, str]) -> Picture:
     """A row of annotations with its caption and regions, read from the original shard at (offset, size)."""
     regions = []
     for region in row["regions"] or []:
@@ -202,13 +202,12 @@ def sample_picture(row: dict[str, Any], corpus_root: str) -> Picture:
         regions.append(Region(" ".join(f"{x:.4f},{y:.4f}" for x, y in corners), label))
 
     def data() -> bytes:
-        if row["offset"] < 0:
-            raise ValueError("its format has no byte ranges")
-        shard = join(corpus_root, unquote(row["shard"]))
+        shard = shard_path(roots, row["shard"])
         if row["identity"] and row["identity"] != identity(shard):
             raise ValueError("its shard has changed since it was annotated")
-        fs, inner = open_fs(shard)
-        return fs.cat_file(inner, start=row["offset"], end=row["offset"] + row["size"])
+        if shard.endswith(".tar") and row["offset"] < 0:
+            raise ValueError("there is none")
+        return read_image(shard, index=row["index"], offset=row["offset"], size=row["size"])
 
     captions = row["caption"] or ["(no caption)"]
     found = row["error"] or (f"regions cover {row['text_area']:.1%}" if regions else "no region")
@@ -278,9 +277,9 @@ def annotate_sections(folder: Folder) -> list[Section]:
         "With text, the most first": with_text[MAX_PICTURES:][::-1][:MAX_PICTURES],
         "Without text": without[np.linspace(0, len(without) - 1, min(MAX_PICTURES, len(without))).astype(int)],
     }
-    root = folder.settings.get("corpus", {}).get("root", "")
+    roots = folder.settings.get("corpus", {}).get("roots", {})
     seen_pictures = Section("Pictures", groups=[
-        (title, [sample_picture(row, root) for row in seen.take(rows).to_pylist()]) for title, rows in chosen.items() if len(rows)
+        (title, [sample_picture(row, roots) for row in seen.take(rows).to_pylist()]) for title, rows in chosen.items() if len(rows)
     ])  # fmt: skip
     return [numbers, threshold, seen_pictures, errors_section]
 
@@ -299,7 +298,7 @@ def filter_sections(folder: Folder, annotations: str | None = None) -> list[Sect
     pictures = Section("Kept and dropped pictures, borderline ones first", [n for n in dict.fromkeys((note, seen_note)) if n])
     if selection is None or seen is None:
         return [counts, pictures]
-    root = load_folder(source).settings.get("corpus", {}).get("root", "")
+    roots = load_folder(source).settings.get("corpus", {}).get("roots", {})
     row_of = {where: i for i, where in enumerate(zip(seen["shard"].to_pylist(), seen["index"].to_pylist(), strict=True))}
     area = np.nan_to_num(seen["text_area"].to_numpy().astype(float))
     by_reason: dict[str, list[int]] = {}
@@ -310,7 +309,7 @@ def filter_sections(folder: Folder, annotations: str | None = None) -> list[Sect
     for reason, rows in sorted(by_reason.items(), key=lambda item: (item[0] != "kept", -len(item[1]))):
         # borderline: kept although there is much text, dropped although there is little
         nearest = sorted(rows, key=lambda row: -area[row] if reason == "kept" else area[row])[:MAX_PICTURES]
-        pictures.groups.append((reason, [sample_picture(row, root) for row in seen.take(nearest).to_pylist()]))
+        pictures.groups.append((reason, [sample_picture(row, roots) for row in seen.take(nearest).to_pylist()]))
     return [counts, pictures]
 
 

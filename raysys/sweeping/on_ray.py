@@ -20,6 +20,7 @@ from ray import tune
 
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import SweepConfig, TrainConfig
+from raysys.corpus.shards import absolute_corpus
 from raysys.evaluation.evaluator import PRIMARY, SetConfig
 from raysys.evaluation.on_ray import EvaluatorService, evaluator_sets
 from raysys.models import check_model, portable
@@ -74,7 +75,7 @@ def sweep(cfg: SweepConfig) -> None:
 def _train_config(cfg: SweepConfig) -> TrainConfig:
     """The words of train, with paths that hold in any process: Tune gives each trial a working folder of its own."""
     base = TrainConfig(**{f.name: getattr(cfg, f.name) for f in fields(TrainConfig)})
-    base.corpus = replace(cfg.corpus, path=absolute(cfg.corpus.path))
+    base.corpus = absolute_corpus(cfg.corpus)
     base.annotations = absolute(cfg.annotations) if cfg.annotations else None
     base.selection = absolute(cfg.selection) if cfg.selection else None
     model, pretrained = portable(cfg.model, cfg.pretrained)

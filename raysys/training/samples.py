@@ -11,10 +11,12 @@ import pyarrow as pa
 from raysys.config import TrainConfig
 from raysys.corpus.images import MISSING_IMAGE
 from raysys.corpus.index import SampleIndex, ShardRows, build_index
-from raysys.corpus.shards import Corpus, DamagedShard, iter_samples, open_corpus, same_corpus
+from raysys.corpus.samples import DamagedShard
+from raysys.corpus.shards import Corpus, iter_samples, open_corpus
 from raysys.policy.policy import COLUMNS, NO_CAPTION, judge
-from raysys.policy.select import Annotations, open_annotations, open_selection, refuse_changed_shard, refuse_what_was_not_stored
-from raysys.storage import UserError, shard_name
+from raysys.policy.select import open_selection, refuse_what_was_not_stored
+from raysys.regions.annotations import Annotations, annotated_shards, head_of, open_annotations, refuse_changed_shard
+from raysys.storage import UserError, mask
 
 
 def choose_samples(cfg: TrainConfig) -> tuple[SampleIndex, dict[str, Any]]:
@@ -23,17 +25,18 @@ def choose_samples(cfg: TrainConfig) -> tuple[SampleIndex, dict[str, Any]]:
     :raises UserError: where the evidence is missing or unfinished, does not fit the corpus, or leaves less than a batch.
     """
     evidence: dict[str, Any]
+    corpus = _readable(open_corpus(cfg.corpus))
     if cfg.selection is not None:
         selection = open_selection(cfg.selection)
-        index = _from_annotations(cfg.corpus.path, selection.annotations, selection.keep, None)
+        index = _from_annotations(corpus, selection.annotations, selection.keep, None)
         evidence = {"selection": selection.path, "annotations": selection.annotations.fingerprint}
     elif cfg.annotations is not None:
         annotations = open_annotations(cfg.annotations)
         refuse_what_was_not_stored(cfg.policy, annotations)
-        index = _from_annotations(cfg.corpus.path, annotations, None, cfg)
+        index = _from_annotations(corpus, annotations, None, cfg)
         evidence = {"annotations": annotations.fingerprint}
     else:
-        index = _from_shards(open_corpus(cfg.corpus.path))
+        index = _from_shards(corpus)
         evidence = {}
     if len(index) < cfg.global_batch:
         raise UserError(
@@ -43,18 +46,27 @@ def choose_samples(cfg: TrainConfig) -> tuple[SampleIndex, dict[str, Any]]:
     return index, evidence
 
 
-def _from_annotations(path: str, annotations: Annotations, keep_of: Any, cfg: TrainConfig | None) -> SampleIndex:
+def _readable(corpus: Corpus) -> Corpus:
+    """:raises UserError: where the format has no places that training could read pictures from."""
+    other = next((shard for shard in corpus.shards if not shard.path.endswith(".tar")), None)
+    if other is not None:
+        raise UserError(
+            f"{mask(other.path)}: train reads WebDataset tars only; write the kept samples as tars with "
+            "`raysys filter annotations=A policy=P output=S shards=DIR`, then train corpus.path=DIR"
+        )
+    return corpus
+
+
+def _from_annotations(corpus: Corpus, annotations: Annotations, keep_of: Any, cfg: TrainConfig | None) -> SampleIndex:
     """Rows of all annotated shards; ``keep_of(name)`` of a selection decides, or the policy of ``cfg``."""
-    corpus = same_corpus(path, annotations.root, annotations.names)
-    by_name = {shard_name(s): s for s in corpus.shards}
-    if len(by_name) > len(annotations.names):
-        unknown = next(n for n in by_name if n not in set(annotations.names))
-        raise UserError(f"corpus.path={path}: shard {unknown} is not annotated; run raysys annotate over the whole corpus")
+    annotated = annotated_shards(corpus, annotations)
+    unknown = next((shard.name for shard in corpus.shards if shard.name not in annotated), None)
+    if unknown is not None:
+        raise UserError(f"shard {unknown} of the corpus is not annotated; run raysys annotate over the whole corpus")
     shards = []
-    for name in annotations.names:
+    for name, shard in annotated.items():
         table = annotations.read(name, ["offset", "size", *COLUMNS])
-        shard_path = corpus.path(by_name[name])
-        refuse_changed_shard(shard_path, table)
+        refuse_changed_shard(shard.path, head_of(table).identity, shard.identity)
         if keep_of is not None:
             keep, reasons = keep_of(name), Counter[str]()
         else:
@@ -63,7 +75,7 @@ def _from_annotations(path: str, annotations: Annotations, keep_of: Any, cfg: Tr
             keep = verdict["keep"].to_numpy()
             reasons = Counter(r for r in verdict["reason"].to_pylist() if r is not None)
         captions = table["caption"].combine_chunks()
-        shards.append(ShardRows(shard_path, table["offset"].to_numpy(), table["size"].to_numpy(), captions, keep, reasons))
+        shards.append(ShardRows(shard.path, table["offset"].to_numpy(), table["size"].to_numpy(), captions, keep, reasons))
     return build_index(shards)
 
 
@@ -71,7 +83,7 @@ def _from_shards(corpus: Corpus) -> SampleIndex:
     """Every sample of the corpus: one pass over the tars."""
     shards = []
     for shard in corpus.shards:
-        path = corpus.path(shard)
+        path = shard.path
         samples: list[tuple[int, int, list[str]]] = []
         try:
             samples.extend((s.offset, s.size, s.captions) for s in iter_samples(path))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import pyarrow.parquet as pq
 import pytest
-from conftest import noise_jpeg, sample, start_cli, text_jpeg, wait_for, write_tar
+from conftest import noise_jpeg, sample, write_tar
 
 from raysys.regions.models import find_model
 from raysys.storage import read_json
@@ -42,7 +38,7 @@ def test_annotate_then_filter(ray_cluster: None, run_cli: Cli, tmp_path: Path, s
     out = tmp_path / "A"
     words = ("annotate", f"corpus.path={small_corpus}/train-{{00000..00001}}.tar", f"output={out}")
     status, printed, _ = run_cli(*words)
-    assert status == 0 and "30 samples in 2 shards" in printed and "2 samples without a look: not_an_image" in printed
+    assert status == 0 and "30 samples in 2 shards" in printed and "2 samples with an error: html" in printed
     assert len(rows(out)) == len(set(rows(out))) == 30
     assert [p.name for p in sorted((out / "shards").iterdir())] == ["train-00000.tar.parquet", "train-00001.tar.parquet"]
 
@@ -65,9 +61,9 @@ def test_annotate_then_filter(ray_cluster: None, run_cli: Cli, tmp_path: Path, s
     assert read_json(str(tmp_path / "S" / "manifest.json"))["counts"] == {
         "samples": 30,
         "kept": 24,
-        "reasons": {"text_area": 4, "not_an_image": 2},
+        "reasons": {"text_area": 4, "html": 2},
     }
-    assert sorted(p.name for p in (tmp_path / "F").iterdir()) == ["train-00000.tar", "train-00001.tar"]
+    assert sorted(p.name for p in (tmp_path / "F").glob("*.tar")) == ["train-00000.tar", "train-00001.tar"]
 
 
 def test_annotate_counts_a_damaged_shard_and_refuses_a_corpus_without_samples(
@@ -83,26 +79,6 @@ def test_annotate_counts_a_damaged_shard_and_refuses_a_corpus_without_samples(
     good.write_bytes(b"no tar at all " * 100)
     status, _, err = run_cli("annotate", f"corpus.path={good}", f"output={tmp_path / 'B'}")
     assert status == 2 and "no sample could be read from 1 shards" in err.splitlines()[-1] and "Traceback" not in err
-
-
-def test_annotate_killed_half_way_and_run_again_has_each_key_once(tmp_path: Path) -> None:
-    for shard in range(6):
-        members = [m for i in range(60) for m in sample(f"{shard}-{i}", text_jpeg(f"NUMBER {i}") if i % 2 else noise_jpeg(i, 224))]
-        write_tar(tmp_path / "c" / f"{shard}.tar", members)
-    words = ["annotate", f"corpus.path={tmp_path / 'c'}", f"output={tmp_path / 'A'}"]
-    log = tmp_path / "log"
-    process = start_cli(words, log)
-    done = tmp_path / "A" / "shards"
-    wait_for(lambda: done.is_dir() and any(done.iterdir()), process, log)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = len(list(done.iterdir()))
-    assert kept < 6 and not (tmp_path / "A" / "manifest.json").exists()
-
-    again = subprocess.run([sys.executable, "-m", "raysys", *words], capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "of 6 shards are done already" in again.stdout
-    assert len(rows(tmp_path / "A")) == len(set(rows(tmp_path / "A"))) == 360
 
 
 def test_two_workers_give_the_losses_of_one(
