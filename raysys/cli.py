@@ -317,7 +317,7 @@ def main() -> None:
         message = " ".join(str(cause).split())
         print(f"{name}: {message}", file=sys.stderr)
         sys.exit(2)
-    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ConnectionError, TimeoutError) as error:
         print(f"{name}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

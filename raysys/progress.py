@@ -40,7 +40,8 @@ class Progress:
         before = self._already / max(self._total, 1)
         here = (share - before) / max(1 - before, 1e-9)  # of what this call had to do
         left = f"{_duration(spent / here * (1 - here))} left" if here > 0 else ""
-        rate = f"{(items or self.done - self._already) / spent:.1f} {'samples' if items else self._unit}/s"
+        here_done = items or self.done - self._already
+        rate = f"{here_done / spent:.1f} {'samples' if items else self._unit}/s" if here_done else ""
         text = "  ".join(part for part in (f"{self._stage}  {self.done}/{self._total} {self._unit}", rate, note, left) if part)
         if self._live:
             print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)

@@ -113,7 +113,8 @@ def _named(error: Exception, path: str) -> Exception | None:
         return FileNotFoundError(errno.ENOENT, "changed while it was read", path)
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         kind = type(error)
-        return None if error.filename else kind(error.errno or errno.EIO, error.strerror or text, path)
+        number = error.errno or {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}.get(kind, errno.EIO)
+        return None if error.filename else kind(number, error.strerror or text, path)
     if type(error).__module__.split(".")[0] not in _LIBRARIES:
         return None
     if name == "ParamValidationError":  # no such name of a bucket can be
@@ -214,15 +215,7 @@ def write_new(path: str, data: bytes) -> bool:
     """Write a file whole unless it is there; False where another process was first."""
     fs, inner = open_fs(path)
     if not isinstance(fs, LocalFileSystem):
-        try:
-            fs.pipe_file(inner, data, mode="create")  # S3: If-None-Match, GCS: ifGenerationMatch
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if "PreconditionFailed" in repr(error) or "PreconditionFailed" in repr(error.__cause__):
-                return False
-            raise
-        return True
+        return _create_object(fs, inner, data)
     os.makedirs(os.path.dirname(inner), exist_ok=True)
     unfinished = os.path.join(os.path.dirname(inner), f".tmp-{uuid.uuid4().hex}")
     Path(unfinished).write_bytes(data)
@@ -233,6 +226,24 @@ def write_new(path: str, data: bytes) -> bool:
     finally:
         os.unlink(unfinished)
     return True
+
+
+def _create_object(fs: fsspec.AbstractFileSystem, inner: str, data: bytes) -> bool:
+    """S3: If-None-Match, GCS: ifGenerationMatch. See :func:`write_new`."""
+    for last in (False, False, False, True):
+        try:
+            fs.pipe_file(inner, data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            why = f"{error!r} {error.__cause__!r}"
+            if "PreconditionFailed" in why:
+                return False
+            if last or "ConditionalRequestConflict" not in why:  # S3: another request for the name is under way, ask again
+                raise
+            time.sleep(0.2)
+    raise AssertionError
 
 
 def write_new_json(path: str, value: Any) -> bool:

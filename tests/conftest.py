@@ -6,11 +6,15 @@ import io
 import json
 import math
 import os
+import re
+import socket
 import subprocess
 import sys
 import tarfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +189,69 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log
         assert process.poll() is None, f"ended before it could be killed:\n{log.read_text()}"
         assert time.monotonic() < end, f"nothing to kill after {limit_s} s:\n{log.read_text()}"
         time.sleep(0.05)
+
+
+# ---- an object store --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class S3Server:
+    """A real S3 server (moto's) in a process of its own."""
+
+    endpoint: str
+    log: Path
+
+    def new_bucket(self) -> str:
+        """URL of an empty one."""
+        import s3fs
+
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        s3fs.S3FileSystem(use_listings_cache=False).mkdir(name)
+        return f"s3://{name}"
+
+    def requests(self) -> list[str]:
+        """``METHOD /bucket/key?query`` of every request so far."""
+        return re.findall(r'"(?:\x1b\[[\d;]*m)*((?:GET|PUT|HEAD|POST|DELETE) \S+)', self.log.read_text())
+
+
+def start_server(words: list[str], port: int, log: Path) -> subprocess.Popen[bytes]:
+    """A server in a process of its own that answers on the port."""
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    wait_for(lambda: _answers(port), process, log, limit_s=30)
+    return process
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The environment names it, so that processes started later use it; a Ray that is up already does not know of it."""
+    import s3fs
+
+    port, log = free_port(), tmp_path_factory.mktemp("s3") / "log"
+    process = start_server(["moto.server", "-H", "127.0.0.1", "-p", str(port)], port, log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test/secret")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            yield S3Server(f"http://127.0.0.1:{port}", log)
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+            process.terminate()
+            process.wait()

@@ -260,9 +260,11 @@ def test_a_corpus_out_of_reach_is_said_and_an_error_only_for_shards(two_folders:
     two_folders.filter()
     assert "filter: could not check that the corpus is as it was annotated" in capsys.readouterr().out
     moved = CorpusConfig(path=str(two_folders.folder / "moved"))
+    two_folders.filter(corpus=moved)
+    assert f"corpus.path={moved.path} selection=" in capsys.readouterr().out
     two_folders.filter(corpus=moved, shards=str(two_folders.folder / "F"))
     assert keys_of(two_folders.folder / "F" / "a" / "0.tar") == [f"a{i}" for i in KEPT]
-    assert f"corpus.path={moved.path} selection=" in capsys.readouterr().out
+    assert f"next:   raysys train corpus.path={two_folders.folder}/F model=" in capsys.readouterr().out  # selected already
 
 
 def test_filter_opens_no_shard(two_folders: Work) -> None:
@@ -285,6 +287,8 @@ def test_several_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     work.annotate()
     folder = work.export()
     assert keys_of(folder / "one" / "0.tar") == ["x"] and keys_of(folder / "two" / "0.tar") == ["y z"]
+    capsys.readouterr()
+    work.filter()
     assert f"corpus.sources.one.path={tmp_path}/x corpus.sources.two.path='{tmp_path}/y z' " in capsys.readouterr().out
     (tmp_path / "x").rename(tmp_path / "gone")  # the other source is still compared
     os.utime(tmp_path / "y z" / "0.tar", (1, 1))

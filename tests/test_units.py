@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +20,9 @@ from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts
 from raysys.regions import units
 from raysys.regions.annotations import SCHEMA, AnnotationFiles, Counts, read_head
 from raysys.regions.annotator import Annotator
+from raysys.regions.on_ray import counts_of
 from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, look_at_shard, plan_units, unit_bytes
+from raysys.storage import UserError
 
 
 @pytest.fixture
@@ -223,6 +226,34 @@ def test_a_shard_that_is_gone_fails_alone(tmp_path: Path, files: AnnotationFiles
     os.unlink(unit.shards[0].path)
     result = annotate_unit(unit, annotator, files, nothing)
     assert list(result.done) == ["b.tar"] and "a.tar" in result.failed["a.tar"]
+
+
+def test_a_file_of_other_settings_is_refused_and_never_counted(
+    tmp_path: Path, files: AnnotationFiles, annotator: Annotator
+) -> None:
+    """As a late actor of an earlier run would leave it in a folder that was emptied since."""
+    for name in "ab":
+        tar_of(tmp_path / "c" / f"{name}.tar", 2)
+    shards = corpus_of(tmp_path / "c")
+    done = annotate_unit(Unit(shards[:1]), annotator, files, nothing).done
+    annotate_unit(Unit(shards[1:]), annotator, replace(files, fingerprint="other"), nothing)
+    with pytest.raises(UserError, match=r"b\.tar\.parquet: made with other settings; delete it"):
+        counts_of(files, done)
+    assert list(annotate_unit(Unit(shards), annotator, files, nothing).done) == ["a.tar", "b.tar"]  # looked at again
+    assert counts_of(files, {})["samples"] == 4
+
+
+def test_a_full_disk_ends_the_work(
+    tmp_path: Path, files: AnnotationFiles, annotator: Annotator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar_of(tmp_path / "c" / "a.tar", 2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        annotate_unit(Unit(corpus_of(tmp_path / "c")), annotator, files, nothing)
 
 
 def test_what_dies_while_writing_leaves_no_file(tmp_path: Path, files: AnnotationFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,65 +36,8 @@ from raysys.regions.geometry import union_areas
 GOAL = 500_000
 """Rows a second."""
 SLICE = 20_000
-SYLLABLES = [
-    "ba",
-    "co",
-    "da",
-    "el",
-    "fi",
-    "gra",
-    "hu",
-    "in",
-    "jo",
-    "ka",
-    "lin",
-    "mar",
-    "no",
-    "or",
-    "pet",
-    "qua",
-    "ri",
-    "san",
-    "ter",
-    "ul",
-    "ver",
-    "win",
-    "xa",
-    "yo",
-    "zen",
-    "sho",
-    "ble",
-    "ing",
-    "ton",
-    "er",
-]
-COMMON = [
-    "a",
-    "the",
-    "of",
-    "in",
-    "on",
-    "with",
-    "and",
-    "at",
-    "for",
-    "to",
-    "is",
-    "by",
-    "from",
-    "an",
-    "two",
-    "red",
-    "blue",
-    "white",
-    "old",
-    "new",
-    "man",
-    "woman",
-    "dog",
-    "photo",
-    "view",
-]
+SYLLABLES = "ba co da el fi gra hu in jo ka lin mar no or pet qua ri san ter ul ver win xa yo zen sho ble ing ton er".split()  # noqa: SIM905
+COMMON = "a the of in on with and at for to is by from an two red blue white old new man woman dog photo view".split()  # noqa: SIM905
 
 
 def annotations(rows: int, seed: int = 0) -> pa.Table:

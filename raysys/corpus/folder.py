@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from raysys.corpus.samples import BAD_RECORD, UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe
-from raysys.storage import join, open_fs
+from raysys.storage import join, open_fs, reading
 
 IMAGE_FIELDS = ("file_name", "image", "filename", "filepath", "path", "file")
 CAPTION_FIELDS = ("captions", "caption", "text", "title", "txt")
@@ -58,8 +58,7 @@ def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
 
 def _records(path: str) -> Iterator[tuple[int, str, list[str], str | None, str | None]]:
     """Index, picture, captions, uid and reason of every sample; no picture is opened."""
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as file:
+    with reading(path) as file:
         rows = _csv_rows(file) if path.endswith(".csv") else _json_rows(file)
         index = 0
         for name, lines in itertools.groupby(rows, key=lambda row: row[0]):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysys.corpus.samples import UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe
-from raysys.storage import open_fs
+from raysys.storage import reading
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 CAPTION_COLUMNS = ("captions", "caption", "txt", "text", "TEXT", "sentences", "raw")
@@ -24,8 +24,7 @@ _ROWS = 16
 
 
 def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as file:
+    with reading(path, ahead_bytes=0) as file:
         table = _open(file)
         columns = _columns(table.schema_arrow)
         groups = range(part.start, part.end) if part else range(table.num_row_groups)
@@ -36,13 +35,13 @@ def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
                     yield _sample(index, row, columns)
                     index += 1
         except (pa.ArrowException, OSError) as error:
+            _refuse_storage_error(error)
             raise DamagedShard(f"row {index} and after cannot be read: {error}") from error
 
 
 def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
     """Row groups are not cut."""
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as file:
+    with reading(path, ahead_bytes=0) as file:
         try:
             meta = _open(file).metadata
         except DamagedShard as error:
@@ -58,8 +57,7 @@ def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
 
 
 def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as file:
+    with reading(path, ahead_bytes=0) as file:
         table = _open(file)
         columns = _columns(table.schema_arrow)
         for group in range(table.num_row_groups):
@@ -73,9 +71,16 @@ def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
 
 def _open(file: BinaryIO) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # streams column chunks: a row group may be large
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=4 << 20)  # streams column chunks: a row group may be large
     except (pa.ArrowException, OSError) as error:
+        _refuse_storage_error(error)
         raise DamagedShard(f"no Parquet file, or cut off ({error})") from error
+
+
+def _refuse_storage_error(error: Exception) -> None:
+    """Arrow says of a damaged file an OSError without a number; all others come from storage and say nothing of the file."""
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        raise error
 
 
 def _columns(schema: pa.Schema) -> dict[str, str]:

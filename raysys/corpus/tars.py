@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from raysys.corpus.samples import UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe
-from raysys.storage import open_fs
+from raysys.storage import open_fs, reading
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _READ = (*IMAGE_SUFFIXES, "txt", "json")
@@ -42,8 +42,7 @@ class _Group:
 
 
 def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as file:
+    with reading(path) as file:
         file.seek(part.start if part else 0)
         index = part.first if part else 0
         for group in _groups(file, end=part.end if part else None, read=True):
@@ -52,10 +51,9 @@ def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
 
 
 def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
-    fs, inner = open_fs(path)
     parts: list[Part] = []
     damaged = ""
-    with fs.open(inner, "rb") as file:
+    with reading(path) as file:
         first = count = start = end = 0
         try:
             for group in _groups(file, end=None, read=False):

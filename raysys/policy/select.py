@@ -140,8 +140,11 @@ def filter_annotations(cfg: FilterConfig) -> None:
         written = write_shards(cfg.shards, annotations, Selection(output.path, annotations).keep, roots, made_of)
         print(f"filter: {written.samples} samples in {written.shards} shards in {mask(absolute(cfg.shards))}")
     print(f"result: {mask(output.path)}")
-    print(f"next:   raysys train {_corpus_words(cfg.corpus, roots)} selection={shlex.quote(mask(output.path))} model=MODEL "
-          "train.steps=N output=RUN")  # fmt: skip
+    if cfg.shards is not None:
+        words = f"corpus.path={shlex.quote(mask(absolute(cfg.shards)))}"
+    else:
+        words = f"{_corpus_words(cfg.corpus, roots)} selection={shlex.quote(mask(output.path))}"
+    print(f"next:   raysys train {words} model=MODEL train.steps=N output=RUN")
 
 
 def find_corpus(annotations: Annotations, now: CorpusConfig, *, needed: bool) -> dict[str, str]:

@@ -36,8 +36,8 @@ from raysys.storage import (
     join,
     list_names,
     mask,
-    open_fs,
     read_json,
+    reading,
     remove_folder,
     require_finished,
     write_new_json,
@@ -143,8 +143,7 @@ class Head:
 
 def read_head(path: str) -> Head:
     """The footer of a file of annotations; no row is read."""
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as file:
+    with reading(path) as file:
         return _head(pq.ParquetFile(file).metadata.metadata)
 
 
@@ -294,8 +293,7 @@ class Annotations:
 
 def read_parquet(path: str, columns: list[str] | None = None) -> pa.Table:
     """Rows, with the metadata of the file."""
-    fs, inner = open_fs(path)
-    with fs.open(inner, "rb") as opened:
+    with reading(path) as opened:
         file = pq.ParquetFile(opened)
         return file.read(columns).replace_schema_metadata(file.metadata.metadata)
 

@@ -226,7 +226,8 @@ def _progress(shards: list[Shard], tally: Any) -> Iterator[Any]:
     def show() -> None:
         while not ended.wait(progress.every_s):
             seen, seen_bytes = ray.get(tally.read.remote())
-            note = f"text in {seen.with_text / max(seen.samples, 1):.1%}, {sum(seen.errors.values())} errors"
+            errors = sum(seen.errors.values())
+            note = f"text in {seen.with_text / seen.samples:.1%}, {errors} errors" if seen.samples else "actors are starting"
             share = max(done_bytes, min(seen_bytes, int(0.99 * total_bytes))) / total_bytes
             progress.show(seen.samples, share, note)
 

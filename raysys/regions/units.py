@@ -5,6 +5,7 @@ A unit may be done twice (an actor died, a driver was killed): what it leaves is
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ UNITS_PER_ACTOR = 8
 """So many units each at least, so that actors end about together."""
 SMALLEST_UNIT_BYTES = 4 << 20
 """Some hundred pictures: seconds of work, against Ray's 8 ms a unit."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 MOST_SHARDS = 64
 """Of a unit: ten thousand units wait in the driver at a time."""
 REPORT_EVERY_S = 1.0
@@ -117,7 +119,9 @@ def annotate_unit(unit: Unit, annotator: Annotator, files: AnnotationFiles, repo
     for shard in unit.shards:
         try:
             head = _annotate(shard, unit, annotator, files, report)
-        except (ChangedShard, FileNotFoundError, PermissionError, ConnectionError, TimeoutError) as error:
+        except (ChangedShard, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise  # every other shard would fail too
             result.failed[shard.name] = " ".join(str(error).split()) or type(error).__name__
             continue
         if head is not None:

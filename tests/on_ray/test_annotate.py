@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pyarrow.dataset as ds
 import pytest
-from conftest import Members, jpeg, noise_jpeg, sample, start_cli, text_jpeg, wait_for, write_tar
+from conftest import Members, hanging_jpeg, jpeg, noise_jpeg, sample, start_cli, text_jpeg, wait_for, write_tar
 from oddities import odd_corpus
 from PIL import Image
 
@@ -117,16 +117,18 @@ def check_what_is_there(annotations: Path, expected: list[tuple[str, str]]) -> N
 
 def test_odd_samples_are_counted_by_reason_and_the_good_ones_are_there(ray_cluster: None, run_cli: Cli, tmp_path: Path) -> None:
     expected = odd_corpus(tmp_path / "c" / "odd.tar")
-    status, printed, err = run_cli("annotate", f"corpus.path={tmp_path / 'c'}", f"output={tmp_path / 'A'}")
+    write_tar(tmp_path / "c" / "slow.tar", [*sample("slow", hanging_jpeg()), *sample("after", noise_jpeg(1))])
+    words = ("annotate", f"corpus.path={tmp_path / 'c'}", f"output={tmp_path / 'A'}", "ocr.decode_timeout_s=3")
+    status, printed, err = run_cli(*words)
     assert status == 0, err
-    reasons = [r for r in expected.values() if r] + ["duplicate_key"]
+    reasons = [r for r in expected.values() if r] + ["duplicate_key", "timeout"]
     assert read_json(str(tmp_path / "A" / "manifest.json"))["counts"]["errors"] == {
         r: reasons.count(r) for r in sorted(set(reasons))
     }
     for reason in reasons:
         assert f"annotate: 1 samples with an error: {reason}" in printed
     assert "annotate: 1 samples without a caption" in printed
-    assert len(keys(tmp_path / "A")) == len(expected) + 1
+    assert len(keys(tmp_path / "A")) == len(expected) + 3
 
 
 def test_waves_units_and_parts_give_what_one_shard_at_a_time_gives(
