@@ -261,6 +261,14 @@ def list_names(folder: str) -> list[str]:
 
 
 @_names_errors
+def remove_file(path: str) -> None:
+    """Remove a file; nothing happens where it is not there."""
+    fs, inner = open_fs(path)
+    with suppress(FileNotFoundError):
+        fs.rm_file(inner)
+
+
+@_names_errors
 def remove_folder(path: str) -> None:
     """Remove a folder and what is in it; nothing happens where it is not there."""
     fs, inner = open_fs(path)

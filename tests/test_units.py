@@ -20,7 +20,7 @@ from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts
 from raysys.regions import units
 from raysys.regions.annotations import SCHEMA, AnnotationFiles, Counts, read_head
 from raysys.regions.annotator import Annotator
-from raysys.regions.on_ray import counts_of
+from raysys.regions.on_ray import Done, counts_of
 from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, look_at_shard, plan_units, unit_bytes
 from raysys.storage import UserError
 
@@ -235,12 +235,13 @@ def test_a_file_of_other_settings_is_refused_and_never_counted(
     for name in "ab":
         tar_of(tmp_path / "c" / f"{name}.tar", 2)
     shards = corpus_of(tmp_path / "c")
-    done = annotate_unit(Unit(shards[:1]), annotator, files, nothing).done
+    done = Done()
+    done.add("a.tar", annotate_unit(Unit(shards[:1]), annotator, files, nothing).done["a.tar"])
     annotate_unit(Unit(shards[1:]), annotator, replace(files, fingerprint="other"), nothing)
     with pytest.raises(UserError, match=r"b\.tar\.parquet: made with other settings; delete it"):
         counts_of(files, done)
     assert list(annotate_unit(Unit(shards), annotator, files, nothing).done) == ["a.tar", "b.tar"]  # looked at again
-    assert counts_of(files, {})["samples"] == 4
+    assert counts_of(files, Done())["samples"] == 4
 
 
 def test_a_full_disk_ends_the_work(

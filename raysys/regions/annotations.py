@@ -32,10 +32,12 @@ from raysys.storage import (
     UserError,
     absolute,
     exists,
+    find_files,
     identity,
     join,
     list_names,
     mask,
+    read_bytes,
     read_json,
     reading,
     remove_folder,
@@ -69,8 +71,8 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-FOOTER_THREADS = 32
-"""Footers read at once: each waits for storage, not for a CPU."""
+REQUESTS = 32
+"""Small files and footers read at once: each waits for storage, not for a CPU."""
 
 
 @dataclass
@@ -160,7 +162,7 @@ def _head(metadata: dict[bytes, bytes]) -> Head:
 
 def read_heads(paths: list[str]) -> Iterator[Head]:
     """Heads of many files, in order."""
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+    with ThreadPoolExecutor(REQUESTS) as pool:
         yield from pool.map(read_head, paths)
 
 
@@ -197,12 +199,17 @@ class AnnotationFiles:
 
     def plan(self, shard: Shard) -> Plan | None:
         """How the shard was cut; None where it was not, or has changed since."""
-        path = join(self._parts(shard.name), "plan.json")
-        if not exists(path):
+        try:
+            saved = json.loads(read_bytes(join(self._parts(shard.name), "plan.json")))
+        except FileNotFoundError:
             return None
-        saved = read_json(path)
         plan = Plan(saved["identity"], [Part(**part) for part in saved["parts"]], saved["damaged"])
         return plan if plan.identity == shard.identity else None
+
+    def plans(self, shards: list[Shard]) -> dict[str, Plan]:
+        """Of those that have one."""
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return {shard.name: plan for shard, plan in zip(shards, pool.map(self.plan, shards), strict=True) if plan is not None}
 
     def save_plan(self, shard: Shard, plan: Plan) -> Plan:
         """The plan that stands: another process may have been first. Parts of a shard that has changed are removed."""
@@ -213,14 +220,22 @@ class AnnotationFiles:
             return plan
         return self.plan(shard) or plan
 
-    def missing_parts(self, name: str, plan: Plan) -> list[Part]:
-        """Parts that nobody has finished (one listing)."""
-        there = set(list_names(self._parts(name)))
-        return [part for part in plan.parts if self._part_file(name, plan, part).rsplit("/", 1)[-1] not in there]
+    def finished_parts(self) -> set[str]:
+        """Files of all parts that are there (one listing)."""
+        try:
+            root, files = find_files(join(self.folder, "_parts"), (".parquet",))
+        except UserError:
+            return set()
+        return {join(root, file.path) for file in files}
+
+    def missing_parts(self, name: str, plan: Plan, there: set[str]) -> list[Part]:
+        """:param there: :meth:`finished_parts`."""
+        return [part for part in plan.parts if self._part_file(name, plan, part) not in there]
 
     def merge(self, name: str, plan: Plan) -> Head | None:
         """All parts -> the shard's file; None where one is missing, or another process has merged them just now."""
-        if self.missing_parts(name, plan):
+        there = {join(self._parts(name), file) for file in list_names(self._parts(name))}
+        if self.missing_parts(name, plan, there):
             return None
         paths = [self._part_file(name, plan, part) for part in plan.parts]
         try:

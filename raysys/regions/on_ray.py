@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -25,7 +25,19 @@ from raysys.regions.annotations import AnnotationFiles, Counts, Head, read_heads
 from raysys.regions.annotator import Annotator
 from raysys.regions.models import find_models
 from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, plan_units, unit_bytes
-from raysys.storage import Output, UserError, find_files, join, list_names, mask, open_output, read_json, remove_folder, settings_of
+from raysys.storage import (
+    Output,
+    UserError,
+    find_files,
+    join,
+    list_names,
+    mask,
+    open_output,
+    read_json,
+    remove_file,
+    remove_folder,
+    settings_of,
+)
 
 WAVE = 10_000
 """Units that Ray Data gets at once: it takes 1 ms to create one before the first starts, so a million would wait a quarter of an hour."""
@@ -45,6 +57,23 @@ class Tally:
 
     def read(self) -> tuple[Counts, int]:
         return self._counts, self._num_bytes
+
+
+@dataclass
+class Done:
+    """Shards whose files this call has seen, so that nobody reads their footers again."""
+
+    names: set[str] = field(default_factory=set)
+    counts: Counts = field(default_factory=Counts)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, head: Head) -> None:
+        if name in self.names:
+            return
+        self.names.add(name)
+        self.counts += head.counts
+        if head.damaged:
+            self.damaged[name] = head.damaged
 
 
 class UnitAnnotator:
@@ -77,8 +106,9 @@ def annotate(cfg: AnnotateConfig) -> None:
     files = AnnotationFiles(output.path, output.fingerprint)
     todo, changed = shards_to_do(corpus, output)
     _say_what_is_done(corpus, todo, changed)
-    done: dict[str, Head] = {}
+    done = Done()
     if todo:
+        remove_file(output.join("manifest.json"))  # of an earlier call, before the corpus grew or changed
         with ray_session(cfg.ray):
             done = _annotate_shards(cfg.ocr, todo, files)
     if todo or not _is_counted(output):
@@ -88,15 +118,15 @@ def annotate(cfg: AnnotateConfig) -> None:
     _print_summary(output)
 
 
-def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles) -> dict[str, Head]:
-    """:returns: the heads of the shards that this call finished. :raises UserError: at the end, where storage would not give one."""
+def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles) -> Done:
+    """:returns: the shards that this call finished. :raises UserError: at the end, where storage would not give one."""
     actors = ocr.num_actors or num_cpus()
     require(f"annotate with {actors} OCR actors", cpus=actors, gpus=actors * ocr.num_gpus_per_actor)
     limit = unit_bytes(shards, actors=actors, unit_mb=ocr.unit_mb)
     plans = _cut(large_shards(shards, limit), files, limit)
     units = plan_units(shards, plans, files, limit)
     tally = ray.remote(num_cpus=0, max_restarts=-1)(Tally).remote()
-    done: dict[str, Head] = {}
+    done = Done()
     failed: dict[str, str] = {}
     try:
         with _progress(shards, tally) as finished:
@@ -105,7 +135,8 @@ def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles
                     if row["refused"]:
                         raise UserError(row["refused"])
                     result = UnitResult.from_json(row["result"])
-                    done |= result.done
+                    for name, head in result.done.items():
+                        done.add(name, head)
                     failed |= result.failed
                     finished(result)
     except OSError as error:
@@ -143,12 +174,12 @@ def _cut(shards: list[Shard], files: AnnotationFiles, limit: int) -> dict[str, P
         files.save_plan(shard, plan_parts(shard.path, limit))
         return row
 
-    plans = {shard.name: files.plan(shard) for shard in shards}
-    rows = [{"unit": Unit([shard]).to_json()} for shard in shards if plans[shard.name] is None]
-    if rows:
+    plans = files.plans(shards)
+    new = [shard for shard in shards if shard.name not in plans]
+    for first in range(0, len(new), WAVE):
+        rows = [{"unit": Unit([shard]).to_json()} for shard in new[first : first + WAVE]]
         ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut).materialize()
-        plans = {shard.name: files.plan(shard) for shard in shards}
-    return {name: plan for name, plan in plans.items() if plan is not None}  # one that changed just now is read whole
+    return plans | files.plans(new)  # one that changed just now has none and is read whole
 
 
 def shards_to_do(corpus: Corpus, output: Output) -> tuple[list[Shard], list[Shard]]:
@@ -175,27 +206,21 @@ def _is_counted(output: Output) -> bool:
     return output.finished and read_json(output.join("manifest.json"))["counts"]["shards"] == len(names)
 
 
-def counts_of(files: AnnotationFiles, done: dict[str, Head]) -> dict[str, Any]:
+def counts_of(files: AnnotationFiles, done: Done) -> dict[str, Any]:
     """Counts over all shards; footers are read of those that this call did not make.
 
     :raises UserError: where a file is of other settings, or no sample could be read at all.
     """
     names = sorted(name.removesuffix(".parquet") for name in list_names(join(files.folder, "shards")))
-    others = [name for name in names if name not in done]
-    heads = done | dict(zip(others, read_heads([files.shard_file(name) for name in others]), strict=True))
-    total = Counts()
-    damaged: dict[str, str] = {}
-    for name in names:
-        head = heads[name]
+    others = [name for name in names if name not in done.names]
+    for name, head in zip(others, read_heads([files.shard_file(name) for name in others]), strict=True):
         if head.fingerprint != files.fingerprint:
             raise UserError(f"{mask(files.shard_file(name))}: made with other settings; delete it and run the same words again")
-        total += head.counts
-        if head.damaged:
-            damaged[name] = head.damaged
-    if total.samples == 0:
-        reasons = ", ".join(sorted(set(damaged.values()))) or "the shards are empty"
+        done.add(name, head)
+    if done.counts.samples == 0:
+        reasons = ", ".join(sorted(set(done.damaged.values()))) or "the shards are empty"
         raise UserError(f"no sample could be read from {len(names)} shards ({reasons}); is this the right corpus?")
-    return {"shards": len(names), **asdict(total), "damaged_shards": damaged}
+    return {"shards": len(names), **asdict(done.counts), "damaged_shards": done.damaged}
 
 
 # ---- what the user sees -----------------------------------------------------------------------------------------------

@@ -69,10 +69,11 @@ def plan_units(shards: list[Shard], plans: dict[str, Plan], files: AnnotationFil
     :param plans: of the large shards, by name; what is finished of them is left out.
     """
     together = Unit([])
+    there = files.finished_parts() if plans else set()
     for shard in shards:
         if shard.name in plans:
             plan = plans[shard.name]
-            missing = files.missing_parts(shard.name, plan)
+            missing = files.missing_parts(shard.name, plan, there)
             samples = max(sum(part.count for part in plan.parts), 1)
             for part in missing:
                 yield Unit([shard], part, num_bytes=shard.picture_bytes * part.count // samples)
