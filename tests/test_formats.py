@@ -15,7 +15,7 @@ from conftest import Members, noise_jpeg, sample, write_tar
 
 from raysys.config import CorpusConfig, SourceConfig
 from raysys.corpus.samples import DamagedShard, Part, Sample
-from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts, read_image, shard_path
+from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts, read_image, refuse_output_in_corpus, shard_path
 from raysys.storage import UserError
 
 UID = "0123456789abcdef0123456789ABCDEF"
@@ -324,3 +324,15 @@ def test_a_missing_name_of_a_brace_list_is_refused(tmp_path: Path) -> None:
 def test_a_captions_file_weighs_what_its_pictures_do() -> None:
     assert Shard("a", "a.jsonl", 100, "").picture_bytes == 50_000
     assert Part(0, 1, 0, 1) == Part(0, 1, 0, 1)
+
+
+def test_an_output_in_the_folder_of_the_corpus_is_refused(tmp_path: Path) -> None:
+    """The next call would take its files for shards."""
+    folder = CorpusConfig(str(tmp_path))
+    with pytest.raises(UserError, match=r"output=.*/A lies in the corpus .*with a glob"):
+        refuse_output_in_corpus("output", str(tmp_path / "A"), folder)
+    with pytest.raises(UserError, match="shards="):
+        refuse_output_in_corpus("shards", str(tmp_path), CorpusConfig(sources={"x": SourceConfig(f"{tmp_path}/")}))
+    refuse_output_in_corpus("output", f"{tmp_path}-annotations", folder)
+    refuse_output_in_corpus("output", str(tmp_path / "A"), CorpusConfig(f"{tmp_path}/*.tar"))
+    refuse_output_in_corpus("output", str(tmp_path / "A"), CorpusConfig(f"{tmp_path}/{{0..3}}.tar"))

@@ -8,7 +8,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +63,8 @@ class Work:
         """What raysys annotate writes."""
         corpus = open_corpus(self.corpus)
         ocr = {"store_score": 0.3, "recognize": True}
-        output = open_output(str(self.folder / "A"), "annotate", {"corpus": {"roots": corpus.roots}, "ocr": ocr})
+        words = asdict(self.corpus) | {"roots": corpus.roots}
+        output = open_output(str(self.folder / "A"), "annotate", {"corpus": words, "ocr": ocr}, not_in_fingerprint=("corpus",))
         files = AnnotationFiles(output.path, output.fingerprint)
         samples = 0
         for shard in corpus.shards:
@@ -501,7 +502,7 @@ def test_a_folder_of_another_selection_is_refused(two_folders: Work) -> None:
     folder = two_folders.export()
     with pytest.raises(UserError, match="other settings"):
         two_folders.filter(output=str(two_folders.folder / "S2"), policy=PolicyConfig(max_text_area=0.6), shards=str(folder))
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="lies in the corpus"):
         two_folders.filter(shards=str(two_folders.folder / "corpus"))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import has_magic
 from types import ModuleType
 from urllib.parse import unquote
 
@@ -70,6 +71,18 @@ def absolute_corpus(corpus: CorpusConfig) -> CorpusConfig:
     """The same corpus for a process that runs in another folder."""
     sources = {name: SourceConfig(absolute(source.path)) for name, source in corpus.sources.items()}
     return CorpusConfig(absolute(corpus.path) if corpus.path is not None else None, sources)
+
+
+def refuse_output_in_corpus(word: str, output: str, corpus: CorpusConfig) -> None:
+    """:raises UserError: where what is written would be taken for shards by the next call: a folder in a folder of the corpus."""
+    for path in (corpus.path, *(source.path for source in corpus.sources.values())):
+        if path is None or has_magic(path) or "{" in path:
+            continue
+        if f"{absolute(output)}/".startswith(f"{absolute(path).rstrip('/')}/"):
+            raise UserError(
+                f"{word}={mask(output)} lies in the corpus {mask(path)}, and its files would be taken for shards; "
+                f"give a folder elsewhere, or name the shards with a glob ({mask(path).rstrip('/')}/*.tar)"
+            )
 
 
 def shard_path(roots: dict[str, str], name: str) -> str:

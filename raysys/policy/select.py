@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from raysys.config import CorpusConfig, FilterConfig, PolicyConfig
 from raysys.corpus.prefetch import prefetch
-from raysys.corpus.shards import open_corpus, shard_path
+from raysys.corpus.shards import open_corpus, refuse_output_in_corpus, shard_path
 from raysys.policy.export import write_shards
 from raysys.policy.policy import COLUMNS, judge
 from raysys.progress import Progress
@@ -121,6 +121,10 @@ def decode_uids(uids: pa.ChunkedArray) -> np.ndarray:
 
 def filter_annotations(cfg: FilterConfig) -> None:
     annotations = open_annotations(cfg.annotations)
+    corpus = cfg.corpus if cfg.corpus.path is not None or cfg.corpus.sources else annotations.corpus
+    for word, folder in (("output", cfg.output), ("shards", cfg.shards)):
+        if folder is not None:
+            refuse_output_in_corpus(word, folder, corpus)
     refuse_what_was_not_stored(cfg.policy, annotations)
     sha256 = _manifest_sha256(annotations)  # before the first row is read: annotate may be at work there
     roots = find_corpus(annotations, cfg.corpus, needed=cfg.shards is not None)
@@ -143,7 +147,7 @@ def filter_annotations(cfg: FilterConfig) -> None:
     if cfg.shards is not None:
         words = f"corpus.path={shlex.quote(mask(absolute(cfg.shards)))}"
     else:
-        words = f"{_corpus_words(cfg.corpus, roots)} selection={shlex.quote(mask(output.path))}"
+        words = f"{_corpus_words(corpus)} selection={shlex.quote(mask(output.path))}"
     print(f"next:   raysys train {words} model=MODEL train.steps=N output=RUN")
 
 
@@ -236,12 +240,11 @@ def _print_counts(policy: PolicyConfig, output: Output) -> None:
         print(f"filter: DataComp subset: {mask(output.join('subset.npy'))}{note}")
 
 
-def _corpus_words(now: CorpusConfig, roots: dict[str, str]) -> str:
+def _corpus_words(corpus: CorpusConfig) -> str:
     """The words that name the corpus to another verb."""
-    if now.path is not None:
-        return f"corpus.path={shlex.quote(mask(now.path))}"
-    paths = {name: source.path for name, source in now.sources.items()} or roots
-    return " ".join(f"corpus.{f'sources.{name}.' if name else ''}path={shlex.quote(mask(path))}" for name, path in paths.items())
+    if corpus.path is not None:
+        return f"corpus.path={shlex.quote(corpus.path)}"
+    return " ".join(f"corpus.sources.{name}.path={shlex.quote(source.path)}" for name, source in corpus.sources.items())
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------

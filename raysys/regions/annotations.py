@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raysys.config import PolicyConfig
+from raysys.config import CorpusConfig, PolicyConfig, SourceConfig
 from raysys.corpus.samples import DUPLICATE_KEY, Part, Plan
 from raysys.corpus.shards import Corpus, Shard, shard_path
 from raysys.storage import (
@@ -288,6 +288,8 @@ class Annotations:
     path: str
     roots: dict[str, str]
     """Source -> root of the corpus at the time of the look."""
+    corpus: CorpusConfig
+    """The words that named it."""
     ocr: dict[str, Any]
     fingerprint: str
     names: list[str]
@@ -319,7 +321,10 @@ def open_annotations(path: str) -> Annotations:
     require_finished(path, "annotate")
     head = read_json(join(path, "settings.json"))
     names = sorted(f.removesuffix(".parquet") for f in list_names(join(path, "shards")) if f.endswith(".parquet"))
-    return Annotations(path, head["settings"]["corpus"]["roots"], head["settings"]["ocr"], head["fingerprint"], names)
+    settings = head["settings"]
+    sources = {name: SourceConfig(**source) for name, source in settings["corpus"].get("sources", {}).items()}
+    corpus = CorpusConfig(settings["corpus"].get("path"), sources)
+    return Annotations(path, settings["corpus"]["roots"], corpus, settings["ocr"], head["fingerprint"], names)
 
 
 def refuse_changed_shard(path: str, made_of: str, now: str | None = None) -> None:

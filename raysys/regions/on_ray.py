@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig
 from raysys.corpus.samples import Plan
-from raysys.corpus.shards import Corpus, Shard, open_corpus, plan_parts
+from raysys.corpus.shards import Corpus, Shard, absolute_corpus, open_corpus, plan_parts, refuse_output_in_corpus
 from raysys.progress import Progress
 from raysys.regions.annotations import AnnotationFiles, Counts, Head, read_heads
 from raysys.regions.annotator import Annotator
@@ -97,10 +97,11 @@ class UnitAnnotator:
 
 
 def annotate(cfg: AnnotateConfig) -> None:
+    refuse_output_in_corpus("output", cfg.output, cfg.corpus)
     corpus = open_corpus(cfg.corpus)
     models = find_models(cfg.ocr)
     settings = settings_of(cfg) | {"models": models.sha256()}
-    settings["corpus"] = {"path": mask(cfg.corpus.path or ""), "roots": corpus.roots}
+    settings["corpus"] = asdict(absolute_corpus(cfg.corpus)) | {"roots": corpus.roots}
     pool = {key: settings["ocr"].pop(key) for key in POOL_KEYS}
     output = open_output(cfg.output, "annotate", settings | {"pool": pool}, not_in_fingerprint=("pool", "corpus"))
     files = AnnotationFiles(output.path, output.fingerprint)
