@@ -522,6 +522,21 @@ def picture(form: str) -> bytes:
     return buffer.getvalue()
 
 
+def test_good_rows_behind_damaged_ones_become_a_tar(work: Work) -> None:
+    rows = [
+        {"image": {"bytes": picture("JPEG"), "path": f"{i}.jpg"}, "caption": ["text" if i % 5 == 0 else "x"]} for i in range(15)
+    ]
+    path = work.folder / "corpus" / "a.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=5, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    at = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[at : at + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    work.annotate()
+    assert keys_of(work.export() / "a.tar") == ["1", "2", "3", "4", "11", "12", "13", "14"]
+
+
 def test_parquet_becomes_tars(work: Work) -> None:
     uid = "0123456789abcdef" * 2
     rows = [

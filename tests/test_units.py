@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from conftest import noise_jpeg, sample, text_jpeg, write_tar
 from oddities import odd_corpus
 from test_formats import write_folder, write_parquet
 
 from raysys.config import CorpusConfig, OcrConfig
+from raysys.corpus.samples import Sample
 from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts
 from raysys.regions import units
 from raysys.regions.annotations import SCHEMA, AnnotationFiles, Counts, read_head
@@ -112,10 +114,32 @@ def test_all_parts_there_but_not_merged_is_a_unit_of_its_own(tmp_path: Path, fil
     [shard] = corpus_of(tmp_path / "c")
     plan = files.save_plan(shard, plan_parts(shard.path, 5_000))
     for part in plan.parts:
-        files.write_part(shard.name, plan, part, look_at_shard(shard.path, shard.name, part, annotator)[0])
+        files.write_part(shard.name, plan, part, look_at_shard(shard.path, shard.name, part, annotator)[0], damaged="")
     [unit] = plan_units([shard], {shard.name: plan}, files, 5_000)
     assert unit.part is None and unit.merge
     assert annotate_unit(unit, annotator, files, nothing).done["big.tar"].counts.samples == 10
+
+
+def test_a_part_that_is_damaged_keeps_its_good_rows_and_the_others_theirs(
+    tmp_path: Path, files: AnnotationFiles, annotator: Annotator
+) -> None:
+    """A row group in the middle of a Parquet file is garbage; the index of the rows behind it stays what it was."""
+    samples = [Sample(i, f"{i}", noise_jpeg(i), captions=["x"]) for i in range(30)]
+    (tmp_path / "c").mkdir()
+    path = write_parquet(tmp_path / "c" / "a.parquet", samples, row_group_size=10, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    at = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[at : at + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    [shard] = corpus_of(tmp_path / "c")
+    plan = files.save_plan(shard, plan_parts(shard.path, 1))
+    for unit in plan_units([shard], {shard.name: plan}, files, 1):
+        assert annotate_unit(unit, annotator, files, nothing).failed == {}
+    assert rows(files)["index"].to_pylist() == [*range(10), *range(20, 30)]
+    whole = AnnotationFiles(str(tmp_path / "whole"), "mark")
+    annotate_unit(Unit([shard]), annotator, whole, nothing)
+    assert rows(whole).equals(rows(files))
+    assert "rows 10 to 19 cannot be read" in read_head(files.shard_file(shard.name)).damaged
 
 
 def test_a_part_done_again_after_the_merge_changes_nothing(tmp_path: Path, files: AnnotationFiles, annotator: Annotator) -> None:

@@ -24,19 +24,24 @@ _ROWS = 16
 
 
 def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
+    """Of a row group that is damaged the rows before the damage; the other groups are read all the same."""
     with reading(path, ahead_bytes=0) as file:
         table = _open(file)
         columns = _columns(table.schema_arrow)
-        groups = range(part.start, part.end) if part else range(table.num_row_groups)
-        index = part.first if part else 0
-        try:
-            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=_leaves(columns)):
-                for row in batch.to_pylist():
-                    yield _sample(index, row, columns)
-                    index += 1
-        except (pa.ArrowException, OSError) as error:
-            _refuse_storage_error(error)
-            raise DamagedShard(f"row {index} and after cannot be read: {error}") from error
+        first = part.first if part else 0
+        damage = []
+        for group in range(part.start, part.end) if part else range(table.num_row_groups):
+            index, first = first, first + table.metadata.row_group(group).num_rows
+            try:
+                for batch in table.iter_batches(_ROWS, row_groups=[group], columns=_leaves(columns)):
+                    for row in batch.to_pylist():
+                        yield _sample(index, row, columns)
+                        index += 1
+            except (pa.ArrowException, OSError) as error:
+                _refuse_storage_error(error)
+                damage.append(f"rows {index} to {first - 1} cannot be read: {error}")
+    if damage:
+        raise DamagedShard("; ".join(damage))
 
 
 def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:

@@ -141,7 +141,7 @@ def filter_annotations(cfg: FilterConfig) -> None:
     _print_counts(cfg.policy, output)
     if cfg.shards is not None:
         made_of = {"selection": output.fingerprint, "annotations_sha256": sha256}
-        written = write_shards(cfg.shards, annotations, Selection(output.path, annotations).keep, roots, made_of)
+        written = write_shards(cfg.shards, annotations, Selection(output.path, annotations).keep_by_index, roots, made_of)
         print(f"filter: {written.samples} samples in {written.shards} shards in {mask(absolute(cfg.shards))}")
     print(f"result: {mask(output.path)}")
     if cfg.shards is not None:
@@ -256,8 +256,18 @@ class Selection:
     annotations: Annotations
 
     def keep(self, name: str) -> np.ndarray:
-        """bool [rows of the shard]."""
-        return read_parquet(join(self.path, "selection", f"{name}.parquet"), ["keep"])["keep"].to_numpy()
+        """bool [rows of the shard's annotations]."""
+        return self._read(name, "keep")
+
+    def keep_by_index(self, name: str) -> np.ndarray:
+        """bool [samples of the shard]: a damaged shard may have no rows for some of its samples."""
+        index, keep = self._read(name, "index"), self.keep(name)
+        by_index = np.zeros(index.max(initial=-1) + 1, dtype=bool)
+        by_index[index] = keep
+        return by_index
+
+    def _read(self, name: str, column: str) -> np.ndarray:
+        return read_parquet(join(self.path, "selection", f"{name}.parquet"), [column])[column].to_numpy()
 
 
 def open_selection(path: str) -> Selection:

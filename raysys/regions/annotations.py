@@ -194,8 +194,8 @@ class AnnotationFiles:
         """:param made_of: identity of the shard."""
         return self._write(self.shard_file(name), [table["key"]], [table], made_of, damaged)
 
-    def write_part(self, name: str, plan: Plan, part: Part, table: pa.Table) -> None:
-        self._write(self._part_file(name, plan, part), [table["key"]], [table], plan.identity, "")
+    def write_part(self, name: str, plan: Plan, part: Part, table: pa.Table, *, damaged: str) -> None:
+        self._write(self._part_file(name, plan, part), [table["key"]], [table], plan.identity, damaged)
 
     def plan(self, shard: Shard) -> Plan | None:
         """How the shard was cut; None where it was not, or has changed since."""
@@ -241,7 +241,8 @@ class AnnotationFiles:
         try:
             keys = [read_parquet(path, ["key"])["key"] for path in paths]
             tables = (read_parquet(path) for path in paths)  # memory holds one
-            head = self._write(self.shard_file(name), keys, tables, plan.identity, plan.damaged)
+            damages = dict.fromkeys([head.damaged for head in read_heads(paths)] + [plan.damaged])
+            head = self._write(self.shard_file(name), keys, tables, plan.identity, "; ".join(filter(None, damages)))
         except FileNotFoundError:
             if exists(self.shard_file(name)):
                 return None

@@ -141,8 +141,8 @@ def _annotate(shard: Shard, unit: Unit, annotator: Annotator, files: AnnotationF
     plan = files.plan(shard)
     if plan is not None and unit.part is not None:
         table, made_of, damaged = look_at_shard(shard.path, shard.name, unit.part, annotator, report)
-        if made_of == plan.identity and not damaged:
-            files.write_part(shard.name, plan, unit.part, table)
+        if made_of == plan.identity:
+            files.write_part(shard.name, plan, unit.part, table, damaged=damaged)
         else:
             plan = None
     if plan is None:
