@@ -176,10 +176,14 @@ def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
     return call
 
 
-def start_cli(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start_cli(words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
     """The command line in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "raysys", *words], stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
+        [sys.executable, "-m", "raysys", *words],
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=os.environ | environment,
     )
 
 
