@@ -27,7 +27,6 @@ class Progress:
         now = time.monotonic()
         if now - self._last < self.every_s and (self.done < self._total or not self._live):
             return
-        self._last = now
         self.show(self._extra, self.done / self._total, note)
 
     def show(self, items: int, share: float, note: str = "") -> None:
@@ -36,7 +35,8 @@ class Progress:
         :param items: samples so far, 0 where the unit of the total is what the rate counts.
         :param share: of the work that is done, for the time left.
         """
-        spent = max(time.monotonic() - self._started, 1e-9)
+        self._last = time.monotonic()
+        spent = max(self._last - self._started, 1e-9)
         before = self._already / max(self._total, 1)
         here = (share - before) / max(1 - before, 1e-9)  # of what this call had to do
         left = f"{_duration(spent / here * (1 - here))} left" if here > 0 else ""

@@ -34,6 +34,17 @@ def test_what_an_earlier_call_did_counts_in_the_total_and_not_in_the_rate(
     assert capsys.readouterr().err.split(" ", 1)[1] == "train  75/100 steps  1.0 steps/s  25 s left\n"
 
 
+def test_on_a_terminal_what_follows_begins_a_line(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    line = Progress("annotate", 2, "shards")
+    clock[0] += 1
+    line.show(10, 0.5)
+    line.close()
+    assert capsys.readouterr().err == "\r\x1b[2Kannotate  0/2 shards  10.0 samples/s  1 s left\n"
+
+
 def test_a_log_has_a_line_every_ten_seconds(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     line = Progress("filter", 100, "shards")
     for _ in range(40):

@@ -44,6 +44,9 @@ WAVE = 10_000
 CLOCK_SLACK_S = 60.0
 """A shard modified less than this before its annotations were written is compared by its footer: clocks differ."""
 
+MOST_DAMAGED = 20
+"""Damaged shards that the summary names."""
+
 
 class Tally:
     """What the actors have seen so far, for the line of progress; the files have the true counts."""
@@ -251,7 +254,10 @@ def _progress(shards: list[Shard], tally: Any) -> Iterator[Any]:
 
     def show() -> None:
         while not ended.wait(progress.every_s):
-            seen, seen_bytes = ray.get(tally.read.remote())
+            try:
+                seen, seen_bytes = ray.get(tally.read.remote())
+            except ray.exceptions.RayError:
+                continue  # its node died; it begins anew on another
             errors = sum(seen.errors.values())
             note = f"text in {seen.with_text / seen.samples:.1%}, {errors} errors" if seen.samples else "actors are starting"
             share = max(done_bytes, min(seen_bytes, int(0.99 * total_bytes))) / total_bytes
@@ -276,7 +282,10 @@ def _print_summary(output: Output) -> None:
         print(f"annotate: {number} samples with an error: {reason}")
     if counts["without_caption"]:
         print(f"annotate: {counts['without_caption']} samples without a caption")
-    for name, reason in sorted(counts["damaged_shards"].items()):
+    damaged = sorted(counts["damaged_shards"].items())
+    for name, reason in damaged[:MOST_DAMAGED]:
         print(f"annotate: shard {name} is damaged, its good part is kept: {reason}")
+    if len(damaged) > MOST_DAMAGED:
+        print(f"annotate: and {len(damaged) - MOST_DAMAGED} more damaged shards; {output.join('manifest.json')} names them")
     print(f"result: {output.path}")
     print(f"next:   raysys filter annotations={output.path} policy=paper output=SELECTION")

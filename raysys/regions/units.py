@@ -23,7 +23,7 @@ UNITS_PER_ACTOR = 8
 """So many units each at least, so that actors end about together."""
 SMALLEST_UNIT_BYTES = 4 << 20
 """Some hundred pictures: seconds of work, against Ray's 8 ms a unit."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # where the output lies
 MOST_SHARDS = 64
 """Of a unit: ten thousand units wait in the driver at a time."""
 REPORT_EVERY_S = 1.0
