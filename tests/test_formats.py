@@ -16,6 +16,7 @@ from conftest import Members, noise_jpeg, sample, write_tar
 from raysys.config import CorpusConfig, SourceConfig
 from raysys.corpus.samples import DamagedShard, Part, Sample
 from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts, read_image, refuse_output_in_corpus, shard_path
+from raysys.corpus.tars import iter_spans
 from raysys.storage import UserError
 
 UID = "0123456789abcdef0123456789ABCDEF"
@@ -115,13 +116,14 @@ def test_a_tar_cut_anywhere_gives_whole_samples_and_says_so(tmp_path: Path) -> N
     path = whole_tar(tmp_path / "a.tar")
     data = path.read_bytes()
     everything, _ = good_part(path)
-    end_of_members = everything[-1].span[1]  # type: ignore[index]
+    ends = [end for _, _, end in iter_spans(str(path))]
+    end_of_members = ends[-1]
     for cut in [0, 100, 512, *range(600, end_of_members, 997), end_of_members]:
         path.write_bytes(data[:cut])
         samples, damage = good_part(path)
         assert damage, cut
         assert essence(samples) == essence(everything)[: len(samples)], cut
-        complete = sum(s.span[1] - 512 + len(s.captions[0]) <= cut for s in everything)  # type: ignore[index]
+        complete = sum(end - 512 + len(s.captions[0]) <= cut for s, end in zip(everything, ends, strict=True))
         assert len(samples) == complete, cut
     path.write_bytes(data)
     assert good_part(path)[1] == ""
@@ -130,7 +132,7 @@ def test_a_tar_cut_anywhere_gives_whole_samples_and_says_so(tmp_path: Path) -> N
 def test_what_stands_behind_damage_or_the_end_mark_is_said(tmp_path: Path) -> None:
     path = whole_tar(tmp_path / "a.tar")
     data = path.read_bytes()
-    third = good_part(path)[0][3].span[0]  # type: ignore[index]
+    third = list(iter_spans(str(path)))[3][1]
     path.write_bytes(data[:third] + b"junk" * 128 + data[third + 512 :])
     samples, damage = good_part(path)
     assert len(samples) == 3 and f"no tar header at byte {third}" in damage

@@ -38,8 +38,6 @@ class Sample:
     """128 bits as 32 hex digits, where the corpus has them (DataComp)."""
     error: str | None = None
     """One of ``SAMPLE_REASONS``."""
-    span: tuple[int, int] | None = None
-    """First byte of its first header and end of its last member, in a tar."""
 
 
 @dataclass(frozen=True)

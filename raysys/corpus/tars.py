@@ -168,7 +168,7 @@ def _sample(index: int, group: _Group) -> Sample:
     captions, error = clean_captions(_captions(info, group))
     uid = as_uid(info.get("uid")) or as_uid(os.path.basename(group.key))
     error = UNSAFE_NAME if group.unsafe else error
-    return Sample(index, group.key, data, offset, size, captions, metadata, uid, error, (group.start, group.end))
+    return Sample(index, group.key, data, offset, size, captions, metadata, uid, error)
 
 
 def _json(data: bytes) -> dict[str, object]:
