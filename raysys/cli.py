@@ -312,11 +312,15 @@ def main() -> None:
     name = " ".join(["raysys", *argv[:1]]) if argv and argv[0] in VERBS else "raysys"
     try:
         run(argv)
+        sys.stdout.flush()
     except UserError as error:
         cause = getattr(error, "cause", error)  # Ray wraps an error of a worker; its own text holds a traceback
         message = " ".join(str(cause).split())
         print(f"{name}: {message}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # of `raysys ... | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ConnectionError, TimeoutError) as error:
         print(f"{name}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)

@@ -199,3 +199,10 @@ def test_sources_are_named_by_the_user(tmp_path: Path) -> None:
 def test_a_corpus_that_is_not_clear_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         compose_config("annotate", [*words, "output=O"])
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.Popen([sys.executable, "-m", "raysys", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
