@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from raysys.storage import UserError, expand_braces, identity, list_files, mask, open_output, shard_name, write_bytes
+from raysys.storage import (
+    UserError,
+    expand_braces,
+    identity,
+    list_files,
+    mask,
+    open_output,
+    read_bytes,
+    shard_name,
+    write_bytes,
+    write_new,
+)
 
 
 def test_braces_keep_leading_zeros() -> None:
@@ -79,3 +92,17 @@ def test_write_is_whole_and_leaves_no_rest(tmp_path: Path) -> None:
 
 def test_credentials_are_masked() -> None:
     assert mask("s3://key:secret@bucket/x") == "s3://***@bucket/x"
+
+
+@pytest.mark.parametrize("with_links", [True, False])
+def test_of_two_who_write_a_new_file_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not with_links:  # a mounted object store
+        monkeypatch.setattr("os.link", refuse)
+    path = str(tmp_path / "settings.json")
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda i: write_new(path, b"%d" % i), range(8)))
+    assert sum(wrote) == 1 and read_bytes(path) == b"%d" % wrote.index(True)
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"]
