@@ -15,7 +15,7 @@ from rapidfuzz.distance import Levenshtein
 
 from raysys.config import PolicyConfig
 from raysys.policy.policy import COLUMNS, caption_overlap, judge
-from raysys.regions.annotations import SCHEMA
+from raysys.regions.annotations import SCHEMA, Counts
 
 
 def _region(
@@ -337,3 +337,16 @@ def test_vectorised_equals_row_by_row() -> None:
         rows.append(_row(*regions, text_area=float(min(1, sum(r["area"] for r in regions)))))  # type: ignore[misc]
     for policy in (PAPER, PolicyConfig(max_text_area=0.2), PolicyConfig(max_text_area=1, max_regions=1)):
         assert _judge(policy, *rows) == [reason for row in rows for reason in _judge(policy, row)]
+
+
+def test_annotate_counts_as_text_what_the_default_policy_drops() -> None:
+    """The rule stands twice: annotate's summary may not import the policy."""
+    read, faint, unread, short = (
+        _region(0, 0, 0.1, 0.1),
+        _region(0, 0, 0.1, 0.1, score=0.35),
+        _region(0, 0, 0.1, 0.1, text_score=0.5),
+        _region(0, 0, 0.1, 0.1, text="-a-"),
+    )
+    rows = [_row(read), _row(faint), _row(unread), _row(short), _row(), _row(unread, read, read), _row(error="empty")]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    assert Counts.of(table).with_text == _judge(PAPER, *rows).count("text_area") == 2

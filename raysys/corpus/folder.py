@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from raysys.corpus.samples import BAD_RECORD, UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe
+from raysys.corpus.samples import BAD_RECORD, UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
 from raysys.storage import join, open_fs, reading
 
 IMAGE_FIELDS = ("file_name", "image", "filename", "filepath", "path", "file")
@@ -33,7 +33,7 @@ def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
                 data = fs.cat_file(inner)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 data = None
-        yield Sample(index, _printable(os.path.splitext(name)[0]), data, captions=captions, uid=uid, error=error)
+        yield Sample(index, printable(os.path.splitext(name)[0]), data, captions=captions, uid=uid, error=error)
 
 
 def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
@@ -125,7 +125,3 @@ def _json_rows(file: BinaryIO) -> Iterator[_Row]:
 
 def _field(names: tuple[str, ...], there: object) -> str | None:
     return next((name for name in names if name in there), None)  # type: ignore[operator]
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysys.corpus.samples import UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe
+from raysys.corpus.samples import UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
 from raysys.storage import reading
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
@@ -120,16 +120,12 @@ def _sample(index: int, row: dict[str, Any], columns: dict[str, str]) -> Sample:
     image = row[columns["image"]]
     data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     given = row.get(columns.get("key", ""))
-    key = _printable(_text(given)) if given is not None else os.path.splitext(name)[0] if name else f"{index:09d}"
+    key = printable(_text(given)) if given is not None else os.path.splitext(name)[0] if name else f"{index:09d}"
     several = row.get(columns.get("caption", ""))
     captions, error = clean_captions([_text(c) for c in (several if isinstance(several, list) else [several]) if c is not None])
     error = UNSAFE_NAME if is_unsafe(key) else error
     uid = as_uid(row.get(columns.get("uid", ""))) or as_uid(os.path.basename(key))
     return Sample(index, key, data, captions=captions, uid=uid, error=error)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _text(value: Any) -> str:

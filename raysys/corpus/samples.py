@@ -68,6 +68,11 @@ def is_unsafe(name: str) -> bool:
     return name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name
 
 
+def printable(name: str) -> str:
+    """A name whose bytes are no UTF-8 (lone surrogates) as text that Arrow takes: ``\\xe9`` for each."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def as_uid(value: object) -> str | None:
     """A 128-bit uid in lower case, None for anything else."""
     return value.lower() if isinstance(value, str) and re.fullmatch(r"[0-9a-fA-F]{32}", value) else None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from raysys.corpus.samples import UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe
+from raysys.corpus.samples import UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
 from raysys.storage import open_fs, reading
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
@@ -145,7 +145,7 @@ def _split_name(name: str) -> tuple[str, str]:
     if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
         return "", ""
     key = f"{folder}/{stem}" if folder else stem
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), suffix.lower()
+    return printable(key), suffix.lower()
 
 
 def _refuse_early_end(file: BinaryIO, offset: int) -> None:

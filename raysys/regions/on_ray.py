@@ -37,6 +37,7 @@ from raysys.storage import (
     remove_file,
     remove_folder,
     settings_of,
+    write_json,
 )
 
 WAVE = 10_000
@@ -109,6 +110,7 @@ def annotate(cfg: AnnotateConfig) -> None:
     output = open_output(cfg.output, "annotate", settings | {"pool": pool}, not_in_fingerprint=("pool", "corpus"))
     files = AnnotationFiles(output.path, output.fingerprint)
     todo, changed = shards_to_do(corpus, output)
+    _remember_where_it_lies(settings["corpus"], output)
     _say_what_is_done(corpus, todo, changed)
     done = Done()
     if todo:
@@ -190,18 +192,34 @@ def shards_to_do(corpus: Corpus, output: Output) -> tuple[list[Shard], list[Shar
     """Shards without annotations, and those that changed since theirs were made; both are to do.
 
     One listing finds what is done. Footers are read where the shard may be another: it is newer, or the corpus lies elsewhere now.
+
+    :raises UserError: where the annotations are of another corpus.
     """
     try:
         _, written = find_files(output.join("shards"), (".parquet",))
     except UserError:
         return corpus.shards, []  # nothing is there yet
     done = {file.path.removesuffix(".parquet"): file.modified for file in written}
-    moved = read_json(output.join("settings.json"))["settings"]["corpus"]["roots"] != corpus.roots
+    then = read_json(output.join("settings.json"))["settings"]["corpus"]["roots"]
+    moved = then != corpus.roots
     doubtful = [s for s in corpus.shards if s.name in done and (moved or s.modified > done[s.name] - CLOCK_SLACK_S)]
     heads = read_heads([output.join("shards", f"{shard.name}.parquet") for shard in doubtful])
     changed = [shard for shard, head in zip(doubtful, heads, strict=True) if head.identity != shard.identity]
+    if moved and (len(doubtful) < len(done) or len(changed) == len(doubtful)):
+        raise UserError(
+            f"output={mask(output.path)} was made of another corpus (at {mask(', '.join(then.values()))}): {len(doubtful) - len(changed)} of its "
+            f"{len(done)} shards are in this one; give a new folder (a corpus that moved must have kept its files' times)"
+        )
     names = {shard.name for shard in changed}
     return [shard for shard in corpus.shards if shard.name not in done or shard.name in names], changed
+
+
+def _remember_where_it_lies(words: dict[str, Any], output: Output) -> None:
+    """Where a corpus moved, the next verbs must look for it there."""
+    saved = read_json(output.join("settings.json"))
+    if saved["settings"]["corpus"]["roots"] != words["roots"]:
+        saved["settings"]["corpus"] = words
+        write_json(output.join("settings.json"), saved)
 
 
 def _is_counted(output: Output) -> bool:

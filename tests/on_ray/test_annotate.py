@@ -158,6 +158,9 @@ def test_a_shard_that_changed_is_looked_at_again_and_a_corpus_that_moved_is_not(
     (tmp_path / "c").rename(tmp_path / "moved")
     status, printed, _ = run_cli(*words, f"corpus.path={tmp_path / 'moved'}")
     assert status == 0 and "nothing is left to do" in printed
+    words_of_filter = ("filter", f"annotations={tmp_path / 'A'}", f"output={tmp_path / 'S'}", f"shards={tmp_path / 'F'}")
+    status, printed, err = run_cli(*words_of_filter)
+    assert status == 0 and f"{tmp_path / 'F'}" in printed, err  # looks for the corpus where it lies now
 
     write_tar(tmp_path / "moved" / "b.tar", [m for i in range(5) for m in sample(f"b{i}", noise_jpeg(i))])
     status, printed, _ = run_cli(*words, f"corpus.path={tmp_path / 'moved'}")
@@ -170,6 +173,18 @@ def test_a_shard_that_changed_is_looked_at_again_and_a_corpus_that_moved_is_not(
     (tmp_path / "A" / "shards" / "b.tar.parquet").unlink()
     assert run_cli(*words, f"corpus.path={tmp_path / 'moved'}")[0] == 0
     assert read_json(str(tmp_path / "A" / "manifest.json"))["counts"]["samples"] == 3
+
+
+def test_annotations_of_another_corpus_are_not_added_to(ray_cluster: None, run_cli: Cli, tmp_path: Path) -> None:
+    for folder, name in (("c", "a"), ("names", "b"), ("same", "a")):
+        write_tar(tmp_path / folder / f"{name}.tar", [m for i in range(3) for m in sample(f"{folder}{i}", noise_jpeg(i))])
+    words = ("annotate", f"output={tmp_path / 'A'}", "ocr=fast")
+    assert run_cli(*words, f"corpus.path={tmp_path / 'c'}")[0] == 0
+    for other in ("names", "same"):
+        status, _, err = run_cli(*words, f"corpus.path={tmp_path / other}")
+        assert status == 2 and "was made of another corpus" in err and "0 of its 1 shards are in this one" in err
+    assert [key for _, key in keys(tmp_path / "A")] == ["c0", "c1", "c2"]
+    assert run_cli(*words, f"corpus.path={tmp_path / 'c'}")[0] == 0
 
 
 def test_a_shard_that_cannot_be_read_is_named_at_the_end_and_the_rest_is_done(
