@@ -16,12 +16,15 @@ MISSING: Any = "???"  # OmegaConf's marker for "the user must say it"
 ENGINES = ("onnx", "openvino", "paddle", "torch")
 EVALUATORS = ("imagenet", "coco", "retrieval", "imagenet_attr")
 PRECISIONS = ("fp32", "amp_bf16")
+SCHEDULES = ("constant", "ramp", "cosine")
 
 
 @dataclass
 class SourceConfig:
     path: str = MISSING
     """As ``corpus.path``."""
+    weight: float | None = None
+    """Share of every training batch, relative to the weights of the other sources; null for all: by the number of kept samples."""
 
 
 @dataclass
@@ -131,10 +134,15 @@ class PolicyConfig:
 
 @dataclass
 class AugmentConfig:
-    """Views of a sample. Pass p over the data uses view p mod factor; a view is a pure function of (seed, sample, view)."""
+    """Views of a sample. Pass p over the data uses view p mod factor; a view is a pure function of (seed, sample, view, strength)."""
 
     factor: int = 1
     """Distinct views of every sample (the paper's augmentation factor); 0 draws a new view on every pass."""
+    schedule: str = "constant"
+    """Strength over the run: ``constant`` 1, ``ramp`` from 0 to 1 in a line, ``cosine`` from 1 to 0 along half a cosine. Strength scales
+    every range and every chance below: at 0 the picture is only resized."""
+    off_share: float = 0.0
+    """Last share of the steps that see plain pictures (strength 0), whatever the schedule; the schedule runs over the steps before."""
     crop_scale_min: float = 0.9
     """Smallest share of the picture's area in a random resized crop (open_clip's default is .9); 1 switches it off."""
     crop_ratio_max: float = 1.333
@@ -142,11 +150,17 @@ class AugmentConfig:
     flip: float = 0.0
     """Chance of a horizontal flip. Off by default: captions know left from right, and text mirrors."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter: each factor is uniform in [1 - s, 1 + s]."""
+    """Brightness, contrast and saturation: each factor is uniform in [1 - s, 1 + s]."""
+    hue: float = 0.0
+    """Hue: a turn uniform in [-h, h], in whole circles (torchvision's ColorJitter; at most .5)."""
     gray: float = 0.0
     """Chance of a grey picture."""
     erase: float = 0.0
     """Chance that a random rectangle (2-20 % of the picture) is filled with noise."""
+    randaugment_ops: int = 0
+    """Operations of RandAugment (arXiv:1909.13719) one after the other; 0 is none. It rotates and shears, so text may lean."""
+    randaugment_magnitude: int = 9
+    """Of RandAugment's 31 magnitudes (0..30), at strength 1."""
     caption: str = "random"
     """Which of several captions a view gets: ``random`` or ``first``."""
 
@@ -166,11 +180,30 @@ class OptimConfig:
 
 
 @dataclass
+class OrderConfig:
+    """In which order samples come (:mod:`raysys.corpus.order`); the numbers of a run depend on all three."""
+
+    lanes: int = 64
+    """Streams of samples that make up every batch. A worker serves lanes / num_workers of them, so the number of workers should divide it."""
+    block_mb: float = 4.0
+    """Neighbouring samples that are read at once; an object store wants 4 to 32 MB a request."""
+    window_mb: float = 16.0
+    """Samples of a lane that are shuffled among each other, over several blocks from all over the lane. All workers together hold
+    1 to 2 x lanes x window_mb of encoded pictures in memory."""
+
+
+@dataclass
 class LoopConfig:
     """The budget is steps: it depends neither on the filter nor on ``augment.factor``."""
 
-    steps: int = MISSING
-    """Optimisation steps."""
+    steps: int | None = None
+    """Optimisation steps; or say ``samples_seen``."""
+    samples_seen: int | None = None
+    """The budget in samples (DataComp's word), whole batches: steps = samples_seen / global_batch, rounded up."""
+    micro_batch: int | None = None
+    """Most samples that go through a worker's model at once. A smaller one saves memory and costs a second forward pass (GradCache,
+    arXiv:2101.06983); the loss is over the whole global batch all the same. null: all at once; with num_workers=[min,max], a worker's share
+    at max."""
     precision: str = "amp_bf16"
     """``amp_bf16`` (GPU, and CPUs with AMX: 3.6 times faster) or ``fp32``."""
     channels_last: bool = True
@@ -179,14 +212,27 @@ class LoopConfig:
     """Steps between two lines of metrics."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; one more at the end."""
+    checkpoint_minutes: float | None = 10.0
+    """Minutes after which one is written although ``checkpoint_every`` is not reached: what a crash may cost."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
+    keep_best: bool = True
+    """Also keep the one with the lowest mean training loss since the checkpoint before it."""
     decode_threads: int = 2
-    """Threads of each worker that read, decode and augment; they share memory with the step, nothing is pickled."""
+    """Threads of each worker that decode and augment; they share memory with the step, nothing is pickled."""
+    read_threads: int = 4
+    """Threads of each worker that read from storage; an object store wants 8 and more."""
     prefetch_batches: int = 4
     """Batches that wait ready for a step."""
     max_failures: int = 3
     """Worker deaths that a run survives before it stops."""
+
+
+FREE_LOOP_KEYS = (
+    *("micro_batch", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_best"),
+    *("decode_threads", "read_threads", "prefetch_batches", "max_failures"),
+)
+"""Keys of LoopConfig that change speed and safety, not what is learnt: a run may be taken up with others."""
 
 
 @dataclass
@@ -204,14 +250,28 @@ class TrainConfig:
     """Start from: ``random``, an open_clip tag or a file."""
     global_batch: int = 256
     """Samples of one step over all workers; CLIP contrasts within it."""
-    num_workers: int = 1
-    """Training processes (one GPU each where ``use_gpu``)."""
+    num_workers: Any = 1
+    """Training processes (one GPU each where ``use_gpu``), or ``[min,max]``: as many as the cluster has at the time. The global batch stays."""
     use_gpu: bool = False
     seed: int = 0
     train: LoopConfig = field(default_factory=LoopConfig)
+    order: OrderConfig = field(default_factory=OrderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimisation steps of the run."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.samples_seen is not None  # check_recipe
+        return -(-self.train.samples_seen // self.global_batch)
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else tuple(self.num_workers)
 
 
 @dataclass
@@ -327,6 +387,7 @@ class DemoConfig:
     seed: int = 0
     ocr: OcrConfig = field(default_factory=OcrConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
+    order: OrderConfig = field(default_factory=OrderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -396,28 +457,59 @@ def check_policy(policy: PolicyConfig) -> None:
 
 def check_augment(augment: AugmentConfig) -> None:
     _require(augment.factor >= 0, f"augment.factor={augment.factor} must not be negative (0 draws a new view on every pass)")
-    for key in ("crop_scale_min", "flip", "color_jitter", "gray", "erase"):
+    _one_of("augment.schedule", augment.schedule, SCHEDULES)
+    for key in ("crop_scale_min", "flip", "color_jitter", "gray", "erase", "off_share"):
         _share(f"augment.{key}", getattr(augment, key))
     _positive("augment.crop_scale_min", augment.crop_scale_min)
+    _require(0 <= augment.hue <= 0.5, f"augment.hue={augment.hue} must lie in 0 .. 0.5")
+    _require(augment.randaugment_ops >= 0, f"augment.randaugment_ops={augment.randaugment_ops} must not be negative")
+    magnitude = augment.randaugment_magnitude
+    _require(0 <= magnitude <= 30, f"augment.randaugment_magnitude={magnitude} must lie in 0..30")
     _require(augment.crop_ratio_max >= 1, f"augment.crop_ratio_max={augment.crop_ratio_max} must be at least 1")
     _one_of("augment.caption", augment.caption, ("random", "first"))
 
 
 def check_recipe(cfg: TrainConfig | DemoConfig) -> None:
     """What train, sweep and demo share."""
-    for key in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "decode_threads", "prefetch_batches"):
-        _positive(f"train.{key}", getattr(cfg.train, key))
+    loop = cfg.train
+    _require(loop.steps is not None or loop.samples_seen is not None, "missing: train.steps=... or train.samples_seen=...")
+    _require(loop.steps is None or loop.samples_seen is None, "train.steps and train.samples_seen are both given; leave one out")
+    for key in ("steps", "samples_seen", "micro_batch", "checkpoint_minutes"):
+        if getattr(loop, key) is not None:
+            _positive(f"train.{key}", getattr(loop, key))
+    for key in ("log_every", "checkpoint_every", "keep_checkpoints", "decode_threads", "read_threads", "prefetch_batches"):
+        _positive(f"train.{key}", getattr(loop, key))
     _one_of("train.precision", cfg.train.precision, PRECISIONS)
     for key in ("lr", "eps"):
         _positive(f"optim.{key}", getattr(cfg.optim, key))
     for key in ("weight_decay", "warmup_steps"):
         _require(getattr(cfg.optim, key) >= 0, f"optim.{key}={getattr(cfg.optim, key)} must not be negative")
     check_augment(cfg.augment)
+    check_order(cfg.order)
     _positive("global_batch", cfg.global_batch)
-    _positive("num_workers", cfg.num_workers)
-    batch, workers = cfg.global_batch, cfg.num_workers
+    check_workers(cfg)
+
+
+def check_workers(cfg: TrainConfig | DemoConfig) -> None:
+    """Every worker has the same number of samples, or, where their number is not fixed, at least one."""
+    workers, batch, lanes = cfg.num_workers, cfg.global_batch, cfg.order.lanes
+    if isinstance(workers, list):
+        whole = len(workers) == 2 and all(isinstance(n, int) for n in workers) and 1 <= workers[0] <= workers[1]
+        _require(whole, f"num_workers={workers} must be a number or [min,max]")
+        most = min(batch, lanes)
+        _require(workers[1] <= most, f"num_workers={workers}: at most {most}, as global_batch={batch} and order.lanes={lanes}")
+        return
+    _require(isinstance(workers, int), f"num_workers={workers} must be a number or [min,max]")
+    _positive("num_workers", workers)
     nearest = max(batch // workers, 1) * workers
     _require(batch % workers == 0, f"global_batch={batch} is not a multiple of num_workers={workers}; try {nearest}")
+    more = -(-lanes // workers) * workers
+    _require(lanes % workers == 0, f"num_workers={workers} does not divide order.lanes={lanes}; try order.lanes={more}")
+
+
+def check_order(order: OrderConfig) -> None:
+    for key in ("lanes", "block_mb", "window_mb"):
+        _positive(f"order.{key}", getattr(order, key))
 
 
 def check_evaluators(cfg: QuestionsConfig) -> None:
@@ -431,8 +523,12 @@ def check_evaluators(cfg: QuestionsConfig) -> None:
 def check_corpus(corpus: CorpusConfig, *, needed: bool) -> None:
     _require(not needed or corpus.path is not None or bool(corpus.sources), "missing: corpus.path=...")
     _require(corpus.path is None or not corpus.sources, "corpus.path and corpus.sources are both given; leave one out")
-    for name in corpus.sources:
+    for name, source in corpus.sources.items():
         _require(name != "" and "/" not in name, f"corpus.sources.{name}: a source's name must be a word without a slash")
+        _require(source.weight is None or source.weight > 0, f"corpus.sources.{name}.weight={source.weight} must be greater than 0")
+    without = [name for name, source in corpus.sources.items() if source.weight is None]
+    all_or_none = len(without) in (0, len(corpus.sources))
+    _require(all_or_none, f"corpus.sources: {', '.join(without)} has no weight, others have; give all of them one, or none")
 
 
 def check(cfg: Any) -> None:

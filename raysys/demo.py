@@ -70,6 +70,7 @@ def demo(cfg: DemoConfig) -> None:
             num_workers=cfg.num_workers,
             seed=cfg.seed,
             train=cfg.train,
+            order=cfg.order,
             optim=cfg.optim,
             augment=cfg.augment,
             ray=cfg.ray,

@@ -459,6 +459,10 @@ class Output:
     def join(self, *parts: str) -> str:
         return join(self.path, *parts)
 
+    def forget(self) -> None:
+        """Remove what an earlier step of this call began in a folder that has come to nothing."""
+        remove_folder(self.path)
+
     def finish(self, counts: dict[str, Any], **more: Any) -> None:
         """Write the manifest: the work is done."""
         write_json(

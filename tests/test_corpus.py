@@ -1,4 +1,4 @@
-"""Shards, order."""
+"""Shards and their samples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pytest
 from conftest import jpeg, noise_jpeg, sample, write_tar
 
 from raysys.config import CorpusConfig
-from raysys.corpus.index import PictureReader, ShardRows, build_index
-from raysys.corpus.order import Order
 from raysys.corpus.samples import DamagedShard
 from raysys.corpus.shards import iter_samples, open_corpus
 from raysys.storage import UserError
@@ -60,58 +58,6 @@ def test_compressed_tars_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(UserError, match="uncompressed"):
         open_corpus(CorpusConfig(f"{tmp_path}/*.tar.gz"))
-
-
-def test_index_reads_the_original_bytes(tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    pictures = [noise_jpeg(i) for i in range(3)]
-    path = write_tar(tmp_path / "a.tar", [m for i, p in enumerate(pictures) for m in sample(str(i), p, f"caption {i}")])
-    samples = list(iter_samples(str(path)))
-    rows = ShardRows(
-        str(path),
-        np.array([s.offset for s in samples]),
-        np.array([s.size for s in samples]),
-        pa.array([s.captions for s in samples]),
-        np.array([True, False, True]),
-    )
-    index = build_index([rows])
-    assert len(index) == 2 and index.num_samples_before == 3
-    assert [PictureReader(index).read(i) for i in range(2)] == [pictures[0], pictures[2]]
-    assert index.captions_of(1) == ["caption 2"]
-
-
-@pytest.mark.parametrize(("n", "b"), [(100, 32), (64, 32), (65, 32), (1000, 7), (33, 32), (96, 32)])
-def test_no_sample_twice_in_a_batch(n: int, b: int) -> None:
-    order = Order(n, b, seed=3, factor=0)
-    for step in range(3 * n // b + 2):
-        samples, _ = order.batch(step)
-        assert len(set(samples.tolist())) == b
-
-
-@pytest.mark.parametrize(("n", "b"), [(100, 32), (65, 32), (1000, 7), (96, 32)])
-def test_every_pass_sees_every_sample_once(n: int, b: int) -> None:
-    order = Order(n, b, seed=1, factor=0)
-    stream = np.concatenate([order.batch(step)[0] for step in range(5 * n // b)])
-    for p in range(4):
-        assert sorted(stream[p * n : (p + 1) * n].tolist()) == list(range(n))
-
-
-def test_views_cycle_with_the_factor_and_0_never_repeats() -> None:
-    by_factor = {k: [int(Order(64, 32, 0, k).batch(step)[1][0]) for step in range(0, 8, 2)] for k in (0, 1, 2)}
-    assert by_factor == {0: [0, 1, 2, 3], 1: [0, 0, 0, 0], 2: [0, 1, 0, 1]}
-
-
-def test_order_is_a_function_of_seed_and_step() -> None:
-    a, b, c = Order(100, 10, 0, 1), Order(100, 10, 0, 1), Order(100, 10, 1, 1)
-    for step in (57, 3, 0):
-        assert (a.batch(step)[0] == b.batch(step)[0]).all()
-    assert (a.batch(3)[0] != c.batch(3)[0]).any()
-
-
-def test_a_batch_larger_than_the_corpus_is_refused() -> None:
-    with pytest.raises(ValueError, match="global_batch=11 is larger than the 10 samples"):
-        Order(10, 11, 0, 1)
 
 
 def test_json_that_is_damaged_does_not_hide_the_caption(tmp_path: Path) -> None:

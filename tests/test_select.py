@@ -164,6 +164,7 @@ def test_the_folder_holds_the_selection_and_nothing_else(two_folders: Work) -> N
         "selection/a%2F0.tar.parquet",
         "selection/b%2F0.tar.parquet",
         "settings.json",
+        "shards.arrow",
     ]
     assert not (folder / "_tmp").exists()
     schema = pq.read_schema(folder / "selection" / "a%2F0.tar.parquet")

@@ -1,4 +1,4 @@
-"""Views, batches, the step and the loop, in a plain process without Ray."""
+"""Which samples, batches and the loop, in a plain process without Ray."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import noise_jpeg, sample, write_tar
 
-from raysys.config import AugmentConfig, CorpusConfig, LoopConfig, OptimConfig, PolicyConfig, TrainConfig
-from raysys.corpus.order import Order
+from raysys.config import AugmentConfig, CorpusConfig, LoopConfig, OptimConfig, PolicyConfig, SourceConfig, TrainConfig
+from raysys.corpus.index import BlockReader
 from raysys.models import load_model
 from raysys.policy.select import filter_annotations
 from raysys.regions.annotations import AnnotationFiles
@@ -22,14 +22,14 @@ from raysys.regions.annotator import Annotator
 from raysys.regions.units import look_at_shard
 from raysys.storage import UserError, open_output
 from raysys.training import checkpoint, loop
-from raysys.training.augment import crop_box, make_view, view_rng
 from raysys.training.ingest import BatchReader
+from raysys.training.lock import RunLock
 from raysys.training.loop import Host, run_worker
 from raysys.training.metrics import read_metrics
-from raysys.training.samples import choose_samples
+from raysys.training.samples import choose_samples, order_of
 from raysys.training.step import learning_rate
 
-LOCAL = Host(rank=0, world_size=1, device=torch.device("cpu"))
+LOCAL = Host(rank=0, world_size=1, device=torch.device("cpu"), say=print)
 
 
 def config(tmp_path: Path, corpus: Path, model: str, **more: Any) -> TrainConfig:
@@ -45,41 +45,37 @@ def config(tmp_path: Path, corpus: Path, model: str, **more: Any) -> TrainConfig
     return replace(cfg, **more)
 
 
-# ---- views -----------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_view_is_a_function_of_seed_sample_and_view() -> None:
-    augment = AugmentConfig(crop_scale_min=0.3, flip=0.5, color_jitter=0.4, gray=0.3, erase=0.5)
-    captions = [f"caption {i}" for i in range(5)]
+def _reader(cfg: TrainConfig, rank: int, world_size: int, threads: int = 2) -> BatchReader:
+    index = choose_samples(cfg, cfg.output)
+    return BatchReader(
+        index,
+        order_of(cfg, index),
+        cfg.augment,
+        load_model(cfg.model, "random").tokenizer,
+        size_px=32,
+        num_steps=cfg.num_steps,
+        rank=rank,
+        world_size=world_size,
+        read_threads=threads,
+        decode_threads=threads,
+        prefetch=3,
+        pin_memory=False,
+    )
 
-    def view(seed: int, number: int, which: int) -> tuple[bytes, str]:
-        pixels, caption = make_view(noise_jpeg(1), captions, size_px=32, augment=augment, rng=view_rng(seed, number, which))
-        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
-        return pixels.tobytes(), caption
 
-    assert view(0, 7, 3) == view(0, 7, 3)
-    assert len({view(0, 7, 3), view(1, 7, 3), view(0, 8, 3), view(0, 7, 4)}) == 4
-
-
-def test_no_augmentation_is_a_plain_resize() -> None:
-    off = AugmentConfig(crop_scale_min=1.0, caption="first")
-    views = [make_view(noise_jpeg(1), ["a", "b"], size_px=32, augment=off, rng=view_rng(s, 0, 0)) for s in range(3)]
-    assert all((pixels == views[0][0]).all() and caption == "a" for pixels, caption in views)
-
-
-def test_crops_keep_to_area_and_aspect() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        x0, y0, x1, y1 = crop_box(200, 100, scale_min=0.4, ratio_max=4 / 3, rng=rng)
-        assert 0 <= x0 < x1 <= 200 and 0 <= y0 < y1 <= 100
-        assert (x1 - x0) * (y1 - y0) >= 0.39 * 200 * 100 or (y1 - y0) == 100
-        assert 0.72 <= (x1 - x0) / (y1 - y0) <= 1.36
+def train_alone(cfg: TrainConfig) -> list[tuple[int, float]]:
+    """Train in this process; steps and losses."""
+    run_worker(cfg, cfg.output, choose_samples(cfg, cfg.output), LOCAL, RunLock.take(cfg.output), threads=1)
+    return [(m["step"], m["loss"]) for m in read_metrics(cfg.output)]
 
 
 def test_views_of_a_factor_repeat_and_of_0_do_not(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
     def first_sample_over_passes(factor: int) -> list[bytes]:
         cfg = config(tmp_path, plain_corpus, tiny_model, global_batch=20, augment=AugmentConfig(factor=factor, crop_scale_min=0.5))
-        order = Order(40, 20, 0, factor)
+        order = order_of(cfg, choose_samples(cfg, cfg.output))
         seen = []
         for batch in _reader(cfg, 0, 1).batches(0, 8):
             at = np.flatnonzero(order.batch(batch.step)[0] == 0)
@@ -89,18 +85,6 @@ def test_views_of_a_factor_repeat_and_of_0_do_not(tmp_path: Path, plain_corpus: 
     assert len(set(first_sample_over_passes(1))) == 1
     assert len(set(first_sample_over_passes(2))) == 2
     assert len(set(first_sample_over_passes(0))) == 4
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-def _reader(cfg: TrainConfig, rank: int, world_size: int, threads: int = 2) -> BatchReader:
-    index, _ = choose_samples(cfg)
-    loaded = load_model(cfg.model, "random")
-    order = Order(len(index), cfg.global_batch, cfg.seed, cfg.augment.factor)
-    return BatchReader(
-        index, order, cfg.augment, loaded.tokenizer, size_px=32, rank=rank, world_size=world_size, threads=threads, prefetch=3
-    )
 
 
 def test_any_number_of_workers_and_threads_sees_the_same_batches(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
@@ -144,10 +128,9 @@ def annotations(tmp_path: Path, small_corpus: Path, annotator: Annotator) -> Pat
 
 def test_policy_decides_which_samples(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
     cfg = config(tmp_path, small_corpus, tiny_model, annotations=str(annotations))
-    index, evidence = choose_samples(cfg)
+    index = choose_samples(cfg, cfg.output)
     assert (len(index), index.num_samples_before, index.reasons) == (24, 30, {"text_area": 4, "html": 2})
-    assert evidence["annotations"]
-    everything, _ = choose_samples(replace(cfg, policy=PolicyConfig(name="none", max_text_area=1.0)))
+    everything = choose_samples(replace(cfg, policy=PolicyConfig(name="none", max_text_area=1.0)), str(tmp_path / "other"))
     assert (len(everything), everything.reasons) == (28, {"html": 2})
 
 
@@ -158,28 +141,65 @@ def test_a_selection_gives_the_same_samples(tmp_path: Path, small_corpus: Path, 
         FilterConfig(output=str(tmp_path / "selection"), annotations=str(annotations), shards=str(tmp_path / "filtered"))
     )
     cfg = config(tmp_path, small_corpus, tiny_model)
-    by_selection, _ = choose_samples(replace(cfg, selection=str(tmp_path / "selection")))
-    by_policy, _ = choose_samples(replace(cfg, annotations=str(annotations)))
-    assert by_selection.offset.tolist() == by_policy.offset.tolist()
-    from_shards, _ = choose_samples(replace(cfg, corpus=CorpusConfig(path=str(tmp_path / "filtered"))))
-    assert from_shards.captions.to_pylist() == by_policy.captions.to_pylist()
+    seen = {}
+    for name, more in (
+        ("selection", {"selection": str(tmp_path / "selection")}),
+        ("policy", {"annotations": str(annotations)}),
+        ("filtered shards", {"corpus": CorpusConfig(path=str(tmp_path / "filtered"))}),
+    ):
+        index = choose_samples(replace(cfg, **more), str(tmp_path / name))
+        blocks = [BlockReader(index).read(*span) for span in BlockReader(index).ranges(np.arange(len(index)))]
+        seen[name] = [(bytes(p), c) for block in blocks for p, c in zip(block.pictures, block.captions.to_pylist(), strict=True)]
+    assert len(seen["policy"]) == 24
+    assert seen["selection"] == seen["policy"] == seen["filtered shards"]
 
 
 def test_a_changed_shard_is_refused(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
     os.utime(small_corpus / "train-00001.tar", (1, 1))
-    with pytest.raises(UserError, match="changed since it was annotated"):
-        choose_samples(config(tmp_path, small_corpus, tiny_model, annotations=str(annotations)))
+    with pytest.raises(UserError, match="1 of 2 shards changed since their offsets were taken"):
+        choose_samples(config(tmp_path, small_corpus, tiny_model, annotations=str(annotations)), str(tmp_path / "run"))
 
 
 def test_a_shard_without_annotations_is_refused(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
     write_tar(small_corpus / "train-00002.tar", sample("x", noise_jpeg(1)))
     with pytest.raises(UserError, match=r"train-00002.tar of the corpus is not annotated"):
-        choose_samples(config(tmp_path, small_corpus, tiny_model, annotations=str(annotations)))
+        choose_samples(config(tmp_path, small_corpus, tiny_model, annotations=str(annotations)), str(tmp_path / "run"))
 
 
 def test_less_than_a_batch_is_refused(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
-    with pytest.raises(UserError, match="40 of 40 samples are kept, fewer than global_batch=64"):
-        choose_samples(config(tmp_path, plain_corpus, tiny_model, global_batch=64))
+    cfg = config(tmp_path, plain_corpus, tiny_model, global_batch=64)
+    with pytest.raises(UserError, match="40 of 40 samples are kept: global_batch=64 takes 64 samples of 40"):
+        order_of(cfg, choose_samples(cfg, cfg.output))
+
+
+def test_a_corpus_that_changes_under_a_run_is_refused(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
+    cfg = config(tmp_path, plain_corpus, tiny_model)
+    choose_samples(cfg, cfg.output)
+    os.utime(plain_corpus / "1.tar", (1, 1))
+    with pytest.raises(UserError, match=r"1 of 2 shards changed since their offsets were taken, .*/1.tar first"):
+        choose_samples(cfg, cfg.output)
+
+
+def test_what_cannot_be_trained_on_is_counted(tmp_path: Path, tiny_model: str) -> None:
+    members = sample("0", noise_jpeg(0)) + sample("1", None) + sample("2", noise_jpeg(2), None) + sample("../3", noise_jpeg(3))
+    write_tar(tmp_path / "c" / "0.tar", [*members, ("4.jpg", noise_jpeg(4)), ("4.txt", b"caf\xe9")])
+    index = choose_samples(config(tmp_path, tmp_path / "c", tiny_model), str(tmp_path / "run"))
+    assert len(index) == 1 and index.num_samples_before == 5
+    assert index.reasons == {"missing_image": 1, "no_caption": 1, "unsafe_name": 1, "caption_not_utf8": 1}
+
+
+def test_sources_take_their_share_of_every_batch(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
+    for name, more in (("b/c", 8), ("a", 30)):
+        members = [m for i in range(more) for m in sample(str(i), noise_jpeg(i), f"from {name} {i}")]
+        write_tar(tmp_path / name.replace("/", "-") / "0.tar", members)
+    sources = {"a": SourceConfig(str(tmp_path / "a"), 1.0), "b-c": SourceConfig(str(tmp_path / "b-c"), 3.0)}
+    cfg = replace(config(tmp_path, plain_corpus, tiny_model, global_batch=8), corpus=CorpusConfig(None, sources))
+    index = choose_samples(cfg, cfg.output)
+    order = order_of(cfg, index)
+    assert order.shares == [2, 6]
+    for step in range(20):
+        samples, _ = order.batch(step)
+        assert (samples < 30).sum() == 2
 
 
 def test_a_broken_picture_without_annotations_is_named(tmp_path: Path, small_corpus: Path, tiny_model: str) -> None:
@@ -200,9 +220,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_losses_are_those_of_a_plain_open_clip_loop(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
     cfg = config(tmp_path, plain_corpus, tiny_model)
-    index, _ = choose_samples(cfg)
-    run_worker(cfg, cfg.output, index, LOCAL, threads=1)
-    ours = [m["loss"] for m in read_metrics(cfg.output)]
+    ours = [loss for _, loss in train_alone(cfg)]
 
     torch.manual_seed(cfg.seed)
     open_clip.add_model_config(tiny_model)
@@ -234,8 +252,7 @@ def test_killed_and_resumed_gives_the_losses_of_the_run_never_killed(
     tmp_path: Path, plain_corpus: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = config(tmp_path, plain_corpus, tiny_model, output=str(tmp_path / "whole"))
-    index, _ = choose_samples(whole)
-    run_worker(whole, whole.output, index, LOCAL, threads=1)
+    never_killed = train_alone(whole)
 
     class Killed(Exception):
         pass
@@ -249,41 +266,50 @@ def test_killed_and_resumed_gives_the_losses_of_the_run_never_killed(
     step_before = loop.TrainStep.__call__
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop.TrainStep, "__call__", dies_in_step_5)
-        run_worker(killed, killed.output, index, LOCAL, threads=1)
+        train_alone(killed)
     assert checkpoint.steps_there(killed.output) == [3]
     assert [m["step"] for m in read_metrics(killed.output)] == [1, 2, 3, 4, 5]
-    run_worker(killed, killed.output, index, LOCAL, threads=1)
-    a, b = ([(m["step"], m["loss"]) for m in read_metrics(run.output)] for run in (whole, killed))
-    assert a == b and len(a) == 8
+    assert train_alone(killed) == never_killed
+    assert len(never_killed) == 8
+
+
+def test_the_clock_asks_for_a_checkpoint(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
+    cfg = config(tmp_path, plain_corpus, tiny_model)
+    loop_config = replace(cfg.train, checkpoint_every=1000, checkpoint_minutes=1e-9, keep_checkpoints=100)
+    train_alone(replace(cfg, train=loop_config))
+    assert checkpoint.steps_there(cfg.output) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_micro_batches_do_not_change_the_losses(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
+    whole = config(tmp_path, plain_corpus, tiny_model)
+    parts = replace(whole, output=str(tmp_path / "parts"), train=replace(whole.train, micro_batch=5))
+    assert [loss for _, loss in train_alone(parts)] == pytest.approx([loss for _, loss in train_alone(whole)], abs=1e-5)
+
+
+def test_the_log_says_what_a_step_took(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
+    cfg = config(tmp_path, plain_corpus, tiny_model)
+    cfg.augment = replace(cfg.augment, schedule="ramp")
+    train_alone(cfg)
+    last = read_metrics(cfg.output)[-1]
+    assert last.keys() >= {"loss", "image_accuracy", "text_accuracy", "logit_scale", "lr", "grad_norm", "samples_per_s", "step_s"}
+    assert last["augmentation_strength"] == 7 / 8 and 0 <= last["data_wait_share"] <= 1 and last["rss_mb"] > 50
+    pictures = 40 * [len(noise_jpeg(0))]
+    used = sum(m["bytes_used"] for m in read_metrics(cfg.output))
+    assert used == pytest.approx(8 * 16 * np.mean(pictures), rel=0.2)
 
 
 def test_the_newest_checkpoints_stay(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
     cfg = config(tmp_path, plain_corpus, tiny_model)
-    index, _ = choose_samples(cfg)
-    run_worker(cfg, cfg.output, index, LOCAL, threads=1)
-    assert checkpoint.steps_there(cfg.output) == [6, 8]
+    train_alone(cfg)
+    assert checkpoint.steps_there(cfg.output)[-2:] == [6, 8]
 
 
 def test_the_open_clip_folder_is_the_last_checkpoint(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
     cfg = config(tmp_path, plain_corpus, tiny_model)
-    index, _ = choose_samples(cfg)
-    run_worker(cfg, cfg.output, index, LOCAL, threads=1)
+    train_alone(cfg)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{cfg.output}/open_clip")
     state = checkpoint.load_newest(cfg.output)
     assert state is not None and state["step"] == 8
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state["model"][name]), name
     assert preprocess is not None
-
-
-def test_log_lines_past_the_checkpoint_are_dropped_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
-    from raysys.training.metrics import MetricsLog
-
-    run = str(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
-    assert [m["step"] for m in read_metrics(run)] == [1, 2]
-    log = MetricsLog(run, first_step=1)
-    log.write(2, {"loss": 9.0})
-    log.close()
-    assert [(m["step"], m["loss"]) for m in read_metrics(run)] == [(1, 3), (2, 9.0)]
-    assert list((tmp_path / "tensorboard").iterdir())

@@ -273,7 +273,7 @@ def test_a_full_disk_ends_the_work(
 ) -> None:
     tar_of(tmp_path / "c" / "a.tar", 2)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
@@ -282,7 +282,7 @@ def test_a_full_disk_ends_the_work(
 
 
 def test_what_dies_while_writing_leaves_no_file(tmp_path: Path, files: AnnotationFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         files.write_shard("a.tar", SCHEMA.empty_table(), made_of="1:2", damaged="")
     assert os.listdir(os.path.join(files.folder, "shards")) == []

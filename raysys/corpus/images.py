@@ -10,10 +10,13 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "ICO")
 """What a page shows as a picture; AVIF needs Pillow 11.3. Not Pillow's other 30: EPS would run Ghostscript on what the web sent."""
@@ -82,23 +85,84 @@ def decode(data: bytes | None, *, min_side_px: int | None = None, min_long_side_
     :param min_long_side_px: the same for the long side.
     :raises BrokenImage: with the reason.
     """
-    if data is None:
-        raise BrokenImage(MISSING_IMAGE)
-    if len(data) == 0:
-        raise BrokenImage(EMPTY)
-    file = io.BytesIO(data)
+    picture = EncodedPicture(data)
+    short, long = sorted((picture.width, picture.height))
+    whole_px, wanted_px = (short, min_side_px) if min_side_px else (long, min_long_side_px)
+    return Picture(picture.whole(whole_px // wanted_px if wanted_px else 1), picture.width, picture.height)
+
+
+class EncodedPicture:
+    """A picture of which the header is read: its size is known before its pixels are decoded, which happens once. Of an animation, the
+    first picture.
+
+    :raises BrokenImage: with the reason; the methods too.
+    """
+
+    def __init__(self, data: bytes | None) -> None:
+        if data is None:
+            raise BrokenImage(MISSING_IMAGE)
+        if len(data) == 0:
+            raise BrokenImage(EMPTY)
+        self._data, file = data, io.BytesIO(data)
+        with _damage_as_broken(data):
+            self._image = Image.open(file, formats=FORMATS)
+            if problem := _size_problem(*self._image.size):
+                raise BrokenImage(problem)
+            if not isinstance(self._image, JpegImageFile):
+                self._image.load()  # no scales there; PNG may say its orientation behind the pixels, and TIFF is upright by then
+            self._orientation = _orientation(self._image)
+        turned = self._orientation >= 5
+        self.width, self.height = self._image.size[::-1] if turned else self._image.size
+        """Pixels, after EXIF orientation."""
+
+    def whole(self, max_shrink: int) -> np.ndarray:
+        """uint8 RGB [h, w, 3], upright. JPEGs are decoded at the smallest DCT scale that makes them at most ``max_shrink`` times smaller."""
+        rgb, _ = self._load(max_shrink)
+        return np.asarray(self._upright(rgb))
+
+    def part(self, box: tuple[int, int, int, int], *, min_side_px: int) -> np.ndarray:
+        """uint8 RGB [h, w, 3] of a part of the picture, writable.
+
+        :param box: x0, y0, x1, y1 in pixels of the upright picture.
+        :param min_side_px: JPEGs are decoded at the smallest DCT scale at which the part's short side is at least this; the part begins
+            and ends at whole pixels of that scale.
+        """
+        x0, y0, x1, y1 = box
+        rgb, shrink = self._load(min(x1 - x0, y1 - y0) // min_side_px)
+        x0, y0, x1, y1 = (round(edge / shrink) for edge in self._as_stored(box))
+        return np.array(self._upright(rgb.crop((x0, y0, x1, y1))))
+
+    def _load(self, max_shrink: int) -> tuple[Image.Image, int]:
+        """RGB as stored, and how many times smaller than the picture."""
+        image, shrink = self._image, 1
+        with _damage_as_broken(self._data):
+            if max_shrink > 1 and isinstance(image, JpegImageFile):
+                shrink = max(by for by in (2, 4, 8) if by <= max_shrink)
+                image.draft("RGB", (image.width // shrink, image.height // shrink))
+            image.load()
+            return to_rgb(image), shrink
+
+    def _upright(self, image: Image.Image) -> Image.Image:
+        return image.transpose(_UPRIGHT[self._orientation]) if self._orientation in _UPRIGHT else image
+
+    def _as_stored(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """Where a part of the upright picture lies in the stored one."""
+        x0, y0, x1, y1 = box
+        width, height = self.width, self.height
+        if self._orientation >= 5:
+            x0, y0, x1, y1, width, height = y0, x0, y1, x1, height, width
+        if self._orientation in (2, 3, 7, 8):
+            x0, x1 = width - x1, width - x0
+        if self._orientation in (3, 4, 6, 7):
+            y0, y1 = height - y1, height - y0
+        return x0, y0, x1, y1
+
+
+@contextmanager
+def _damage_as_broken(data: bytes) -> Iterator[None]:
+    """What Pillow raises for a damaged file becomes :class:`BrokenImage`."""
     try:
-        image = Image.open(file, formats=FORMATS)
-        width, height = image.size
-        if problem := _size_problem(width, height):
-            raise BrokenImage(problem)
-        whole_px, wanted_px = (min(width, height), min_side_px) if min_side_px else (max(width, height), min_long_side_px)
-        if wanted_px and whole_px > wanted_px:
-            scale = min(whole_px // wanted_px, 8)
-            image.draft("RGB", (width // scale, height // scale))
-        image.load()
-        rgb = to_rgb(image)
-        orientation = _orientation(image)
+        yield
     except BrokenImage:
         raise
     except UnidentifiedImageError as error:
@@ -107,11 +171,6 @@ def decode(data: bytes | None, *, min_side_px: int | None = None, min_long_side_
         raise BrokenImage(TOO_LARGE) from error
     except _DAMAGE as error:
         raise BrokenImage(TRUNCATED if _ends_early(data, error) else UNDECODABLE) from error
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-    if orientation >= 5:
-        width, height = height, width
-    return Picture(np.asarray(rgb), width, height)
 
 
 _UPRIGHT = {
@@ -127,7 +186,7 @@ _UPRIGHT = {
 
 
 def _orientation(image: Image.Image) -> int:
-    """1..8. Asked for after the pixels: PNG may say it behind them, and TIFF is upright by then."""
+    """1..8."""
     try:
         orientation = image.getexif().get(0x0112, 1)
     except _DAMAGE:
@@ -174,4 +233,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         white.alpha_composite(rgba)
         return white.convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

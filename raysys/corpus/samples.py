@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 
@@ -62,6 +63,11 @@ class Plan:
     parts: list[Part]
     damaged: str
     """Why the shard breaks off after the last part; empty for a sound one."""
+
+
+def shard_hash(name: str) -> int:
+    """64 bits of a shard's name: the same in any process, order and selection."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def is_unsafe(name: str) -> bool:

@@ -2,6 +2,7 @@
 
     S/settings.json            which annotations, which policy
     S/selection/NAME.parquet   shard, index, key, keep, reason: a row for every row of A/shards/NAME.parquet; no other Parquet is in S
+    S/shards.arrow             a line a shard: rows, kept ones, and which file it was
     S/subset.npy               the kept samples as a subset file of DataComp, where they have uids
     S/manifest.json            counts, and the sha256 of A/manifest.json; written last
 
@@ -25,16 +26,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysys.config import CorpusConfig, FilterConfig, PolicyConfig
+from raysys.corpus.index import SHARDS_FILE, SHARDS_SCHEMA, write_shards_table
 from raysys.corpus.prefetch import prefetch
 from raysys.corpus.shards import open_corpus, refuse_output_in_corpus, shard_path
 from raysys.policy.export import write_shards
 from raysys.policy.policy import COLUMNS, judge
 from raysys.progress import Progress
-from raysys.regions.annotations import Annotations, open_annotations, read_heads, read_parquet
+from raysys.regions.annotations import Annotations, head_of, open_annotations, read_heads, read_parquet
 from raysys.storage import (
     Output,
     UserError,
     absolute,
+    exists,
     find_files,
     join,
     mask,
@@ -43,7 +46,6 @@ from raysys.storage import (
     read_json,
     remove_folder,
     require_finished,
-    settings_of,
     shard_name,
     writing,
 )
@@ -78,7 +80,8 @@ def select(annotations: Annotations, name: str, policy: PolicyConfig) -> pa.Tabl
     table = annotations.read(name, ["shard", "index", "key", "uid", *COLUMNS])
     verdict = judge(table, policy)
     of_sample = {column: table[column] for column in ("shard", "index", "key", "uid")}
-    return pa.table({**of_sample, "keep": verdict["keep"], "reason": verdict["reason"]})
+    verdicts = pa.table({**of_sample, "keep": verdict["keep"], "reason": verdict["reason"]})
+    return verdicts.replace_schema_metadata(table.schema.metadata)
 
 
 @dataclass
@@ -90,19 +93,22 @@ class _Tally:
     reasons: Counter[str] = field(default_factory=Counter)
     uids: list[np.ndarray] = field(default_factory=list)
     """``UID`` [kept samples that have one], an array a shard."""
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of ``SHARDS_SCHEMA``."""
 
     @classmethod
-    def of(cls, verdicts: pa.Table) -> _Tally:
+    def of(cls, name: str, verdicts: pa.Table) -> _Tally:
         reasons = pc.value_counts(verdicts["reason"].drop_null()).to_pylist()
         kept = verdicts.filter(verdicts["keep"])
-        return cls(
-            verdicts.num_rows, kept.num_rows, Counter({r["values"]: r["counts"] for r in reasons}), [decode_uids(kept["uid"])]
-        )
+        of_shard = {"name": name, "rows": verdicts.num_rows, "kept": kept.num_rows, "identity": head_of(verdicts).identity}
+        counts = Counter({r["values"]: r["counts"] for r in reasons})
+        return cls(verdicts.num_rows, kept.num_rows, counts, [decode_uids(kept["uid"])], [of_shard])
 
     def __iadd__(self, other: _Tally) -> _Tally:
         self.samples, self.kept = self.samples + other.samples, self.kept + other.kept
         self.reasons.update(other.reasons)
         self.uids += other.uids
+        self.shards += other.shards
         return self
 
 
@@ -126,21 +132,13 @@ def filter_annotations(cfg: FilterConfig) -> None:
         if folder is not None:
             refuse_output_in_corpus(word, folder, corpus)
     refuse_what_was_not_stored(cfg.policy, annotations)
-    sha256 = _manifest_sha256(annotations)  # before the first row is read: annotate may be at work there
     roots = find_corpus(annotations, cfg.corpus, needed=cfg.shards is not None)
-    settings = settings_of(cfg, "shards", "corpus")
-    settings |= {"annotations": annotations.path, "annotations_fingerprint": annotations.fingerprint}
-    output = open_output(cfg.output, "filter", settings)
-    if not output.finished:
-        _write_selection(annotations, sha256, cfg.policy, output)
-    elif read_json(output.join("manifest.json")).get("annotations_sha256") != sha256:
-        print("filter: the annotations changed since this selection was made; it is made anew")
-        _write_selection(annotations, sha256, cfg.policy, output)
-    else:
-        print("filter: nothing is left to do, the selection is finished")
-    _print_counts(cfg.policy, output)
+    output = make_selection(annotations, cfg.policy, cfg.output)
     if cfg.shards is not None:
-        made_of = {"selection": output.fingerprint, "annotations_sha256": sha256}
+        made_of = {
+            "selection": output.fingerprint,
+            "annotations_sha256": read_json(output.join("manifest.json"))["annotations_sha256"],
+        }
         written = write_shards(cfg.shards, annotations, Selection(output.path, annotations).keep_by_index, roots, made_of)
         print(f"filter: {written.samples} samples in {written.shards} shards in {mask(absolute(cfg.shards))}")
     print(f"result: {mask(output.path)}")
@@ -149,6 +147,26 @@ def filter_annotations(cfg: FilterConfig) -> None:
     else:
         words = f"{_corpus_words(corpus)} selection={shlex.quote(mask(output.path))}"
     print(f"next:   raysys train {words} model=MODEL train.steps=N output=RUN")
+
+
+def make_selection(annotations: Annotations, policy: PolicyConfig, path: str) -> Output:
+    """Judge every row, unless that is done already, and print the counts.
+
+    :raises UserError: where the policy asks for what was not stored, or ``path`` is another's.
+    """
+    refuse_what_was_not_stored(policy, annotations)
+    sha256 = annotations_sha256(annotations)  # before the first row is read: annotate may be at work there
+    settings = {"annotations": annotations.path, "policy": asdict(policy), "annotations_fingerprint": annotations.fingerprint}
+    output = open_output(path, "filter", settings)
+    if not output.finished:
+        _write_selection(annotations, sha256, policy, output)
+    elif read_json(output.join("manifest.json")).get("annotations_sha256") != sha256 or not exists(output.join(SHARDS_FILE)):
+        print("filter: the annotations changed since this selection was made; it is made anew")
+        _write_selection(annotations, sha256, policy, output)
+    else:
+        print("filter: nothing is left to do, the selection is finished")
+    _print_counts(policy, output)
+    return output
 
 
 def find_corpus(annotations: Annotations, now: CorpusConfig, *, needed: bool) -> dict[str, str]:
@@ -203,14 +221,14 @@ def _list_where_annotated(annotations: Annotations, *, needed: bool) -> tuple[li
 
 
 def _write_selection(annotations: Annotations, sha256: str, policy: PolicyConfig, output: Output) -> None:
-    for stale in ("selection", "subset.npy"):
+    for stale in ("selection", "subset.npy", SHARDS_FILE):
         remove_folder(output.join(stale))
 
     def write(name: str) -> _Tally:
         verdicts = select(annotations, name, policy)
         with writing(output.join("selection", f"{name}.parquet"), tmp_folder=output.join("_tmp")) as file:
-            pq.write_table(verdicts.select(SELECTION_COLUMNS), file)
-        return _Tally.of(verdicts)
+            pq.write_table(verdicts.select(SELECTION_COLUMNS).replace_schema_metadata(), file)
+        return _Tally.of(name, verdicts)
 
     total = _Tally()
     progress = Progress("filter", len(annotations.names), "shards")
@@ -222,6 +240,8 @@ def _write_selection(annotations: Annotations, sha256: str, policy: PolicyConfig
     if len(uids):
         with writing(output.join("subset.npy"), tmp_folder=output.join("_tmp")) as file:
             np.save(file, np.unique(uids))  # sorted, as DataComp's resharder searches in it
+    shards = pa.Table.from_pylist(total.shards, SHARDS_SCHEMA)
+    write_shards_table(output.path, shards, tmp_folder=output.join("_tmp"))
     remove_folder(output.join("_tmp"))
     counts = {"samples": total.samples, "kept": total.kept, "reasons": dict(total.reasons)}
     output.finish(counts, kept_with_uid=len(uids), policy=asdict(policy), annotations_sha256=sha256)
@@ -280,7 +300,7 @@ def open_selection(path: str) -> Selection:
         raise UserError(
             f"{mask(path)}: its annotations {mask(annotations.path)} have other settings now; run raysys filter into a new folder"
         )
-    if manifest.get("annotations_sha256") != _manifest_sha256(annotations):
+    if manifest.get("annotations_sha256") != annotations_sha256(annotations):
         raise UserError(
             f"{mask(path)}: its annotations {mask(annotations.path)} changed since it was made ({manifest['finished']}); "
             "run raysys filter again"
@@ -288,6 +308,6 @@ def open_selection(path: str) -> Selection:
     return Selection(path, annotations)
 
 
-def _manifest_sha256(annotations: Annotations) -> str:
+def annotations_sha256(annotations: Annotations) -> str:
     """Changes when the annotations do: annotate writes its manifest after it wrote rows, and only then."""
     return hashlib.sha256(read_bytes(join(annotations.path, "manifest.json"))).hexdigest()

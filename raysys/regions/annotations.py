@@ -71,6 +71,8 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+ROW_GROUP = 2_000
+"""Rows: training reads places and captions a block at a time, a few hundred samples of a shard."""
 REQUESTS = 32
 """Small files and footers read at once: each waits for storage, not for a CPU."""
 
@@ -257,7 +259,7 @@ class AnnotationFiles:
             for table, repeated in zip(tables, _repeated(keys), strict=True):
                 marked = _mark_duplicates(table, repeated)
                 counts += Counts.of(marked)
-                out.write_table(marked)
+                out.write_table(marked, row_group_size=ROW_GROUP)
             head = Head(self.fingerprint, made_of, damaged, counts)
             out.add_key_value_metadata(head.metadata())
         return head

@@ -20,7 +20,7 @@ from ray import tune
 
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import SweepConfig, TrainConfig
-from raysys.corpus.shards import absolute_corpus
+from raysys.corpus.shards import absolute_corpus, open_corpus
 from raysys.evaluation.evaluator import PRIMARY, SetConfig
 from raysys.evaluation.on_ray import EvaluatorService, evaluator_sets
 from raysys.models import check_model, portable
@@ -39,7 +39,7 @@ from raysys.storage import (
 )
 from raysys.sweeping.space import Point, at_point, pareto_front, points_of, read_space
 from raysys.training.on_ray import CPUS_PER_WORKER, train_run
-from raysys.training.samples import choose_samples
+from raysys.training.samples import check_evidence
 
 TRIAL_CPUS = 0.01
 """A trial's driver only waits; Tune refuses 0."""
@@ -55,13 +55,14 @@ def sweep(cfg: SweepConfig) -> None:
     base = _train_config(cfg)
     for point in points:
         at_point(base, point, "")
-    choose_samples(base)
+    check_evidence(base)
+    open_corpus(base.corpus)
     check_model(base.model, base.pretrained)
     sets = evaluator_sets(cfg)
     output = open_output(cfg.output, "sweep", settings_of(cfg, "max_concurrent") | {"space": space})
     todo = [p for p in points if _row(output, p)["status"] != "finished"]
     print(
-        f"sweep: {len(points)} points of {cfg.train.steps} steps"
+        f"sweep: {len(points)} points of {cfg.num_steps} steps"
         + (f", {len(points) - len(todo)} done already" if len(todo) < len(points) else "")
     )
     if todo:
@@ -84,9 +85,9 @@ def _train_config(cfg: SweepConfig) -> TrainConfig:
 
 def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], todo: list[Point], output: Output) -> None:
     concurrent = min(cfg.max_concurrent, len(todo))
-    workers = base.num_workers * concurrent
+    workers = base.worker_range[1] * concurrent
     require(
-        f"sweep with {concurrent} trials of {base.num_workers} workers at a time",
+        f"sweep with {concurrent} trials of {base.worker_range[1]} workers at a time",
         cpus=workers * CPUS_PER_WORKER + concurrent * TRIAL_CPUS + SERVICE_CPUS,
         gpus=cfg.num_gpus + (workers if base.use_gpu else 0),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +15,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysys.cluster import num_cpus, ray_session, require
-from raysys.config import TrainConfig
+from raysys.config import FREE_LOOP_KEYS, TrainConfig
 from raysys.corpus.index import SampleIndex
 from raysys.models import check_model
 from raysys.progress import Progress
-from raysys.storage import Output, UserError, is_local, open_output, read_json, settings_of
+from raysys.storage import Output, UserError, is_local, open_output, read_json, remove_folder, settings_of
 from raysys.training import checkpoint
-from raysys.training.loop import Host, run_worker
-from raysys.training.metrics import read_metrics
-from raysys.training.samples import choose_samples
+from raysys.training.lock import LostLock, RunLock
+from raysys.training.loop import Host, StoppedByPeer, run_worker
+from raysys.training.metrics import read_last_metrics, read_metrics
+from raysys.training.samples import check_evidence, choose_samples, order_of
 
 CPUS_PER_WORKER = 0.9
 """Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores."""
@@ -46,23 +48,39 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     :raises UserError: where words, corpus and cluster do not fit each other.
     """
     check_model(cfg.model, cfg.pretrained)
-    index, evidence = choose_samples(cfg)
-    settings = settings_of(cfg) | {"evidence": evidence}
     run = open_output(
-        cfg.output, "train", settings, not_in_fingerprint=("num_workers", "use_gpu", "corpus", "annotations", "selection")
+        cfg.output,
+        "train",
+        _settings(cfg) | {"evidence": check_evidence(cfg)},
+        not_in_fingerprint=("num_workers", "use_gpu", "corpus", "annotations", "selection", "free"),
     )
     if run.finished:
-        print(f"train: nothing is left to do, all {cfg.train.steps} steps are done")
+        print(f"train: nothing is left to do, all {cfg.num_steps} steps are done")
         return run
     there = checkpoint.steps_there(run.path)
+    lock = RunLock.take(run.path)
+    try:
+        index = choose_samples(cfg, run.path)
+        order = order_of(cfg, index)
+    except UserError:
+        if not there:
+            run.forget()  # other words may mend it, and would be refused here
+        raise
     if there:
-        print(f"train: goes on after step {there[-1]} of {cfg.train.steps}")
+        print(f"train: goes on after step {there[-1]} of {cfg.num_steps}")
     print(f"train: {len(index)} of {index.num_samples_before} samples are kept" + _reasons(index), flush=True)
-    with ray_session(cfg.ray), _progress(run, cfg.train.steps, already=there[-1] if there else 0):
-        _fit(cfg, run, index, concurrent_runs)
+    if len(order.shares) > 1:
+        names = [name for name, source in sorted(cfg.corpus.sources.items())]
+        print(f"train: of every batch {', '.join(f'{n} {name}' for n, name in zip(order.shares, names, strict=True))}", flush=True)
+    with ray_session(cfg.ray):
+        _fit(cfg, run, index, lock, already=there[-1] if there else 0, concurrent_runs=concurrent_runs)
+    try:
+        lock.check()
+    except LostLock as error:
+        raise UserError(str(error)) from error
     metrics = read_metrics(run.path)
     counts = {
-        "steps": cfg.train.steps,
+        "steps": cfg.num_steps,
         "global_batch": cfg.global_batch,
         "samples": index.num_samples_before,
         "samples_kept": len(index),
@@ -70,7 +88,18 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
         **({"loss": metrics[-1]["loss"]} if metrics else {}),
     }
     run.finish(counts, samples_per_s=_median([m["samples_per_s"] for m in metrics[1:]]))
+    remove_folder(run.join("lock"))
     return run
+
+
+def _settings(cfg: TrainConfig) -> dict[str, Any]:
+    """The words for settings.json: ``free`` are those that a run may be taken up without."""
+    settings = settings_of(cfg)
+    loop = settings["train"]
+    settings["free"] = {key: loop.pop(key) for key in FREE_LOOP_KEYS}
+    loop["steps"] = cfg.num_steps  # the same budget in other words is the same run
+    del loop["samples_seen"]
+    return settings
 
 
 def _reasons(index: SampleIndex) -> str:
@@ -81,16 +110,18 @@ def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
 
-def _fit(cfg: TrainConfig, run: Output, index: SampleIndex, concurrent_runs: int) -> None:
+def _fit(cfg: TrainConfig, run: Output, index: SampleIndex, lock: RunLock, *, already: int, concurrent_runs: int) -> None:
     gpus = 1 if cfg.use_gpu else 0
-    require(f"train with {cfg.num_workers} workers", cpus=cfg.num_workers * CPUS_PER_WORKER, gpus=cfg.num_workers * gpus)
-    threads = max(1, num_cpus() // (cfg.num_workers * concurrent_runs))
+    fewest, most = cfg.worker_range
+    require(f"train with {fewest} workers", cpus=fewest * CPUS_PER_WORKER, gpus=fewest * gpus)
+    threads = max(1, num_cpus() // (most * concurrent_runs))
+    news = _News.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"cfg": cfg, "run": run.path, "index": ray.put(index), "threads": threads},
+        train_loop_config={"cfg": cfg, "run": run.path, "index": ray.put(index), "lock": lock, "threads": threads, "news": news},
         torch_config=TorchConfig(backend="nccl" if cfg.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cfg.num_workers,
+            num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]  # Ray annotates the former one
             use_gpu=cfg.use_gpu,
             resources_per_worker={"CPU": CPUS_PER_WORKER} | ({"GPU": 1} if gpus else {}),
         ),
@@ -98,42 +129,66 @@ def _fit(cfg: TrainConfig, run: Output, index: SampleIndex, concurrent_runs: int
             name="ray", storage_path=run.join("_ray"), failure_config=FailureConfig(max_failures=cfg.train.max_failures)
         ),
     )
-    try:
+    with _progress(run, cfg.num_steps, news, already=already):
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        for cause in _causes(error):
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from error
-        raise
+    mistake = ray.get(news.mistake.remote())
+    ray.kill(news)
+    if mistake is not None:
+        raise UserError(mistake)
     if is_local(run.path):
         shutil.rmtree(run.join("_ray"), ignore_errors=True)  # Ray's own state; ours is in checkpoints
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """What the workers died of."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        yield getattr(failure, "cause", None) or failure
+@ray.remote(num_cpus=0)
+class _News:
+    """What workers tell the driver beside Ray's own ways: an error that is raised makes Ray start all of them again."""
+
+    def __init__(self) -> None:
+        self._mistake: str | None = None
+        self._lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        if line not in self._lines:  # each group of workers says it anew
+            self._lines.append(line)
+
+    def said(self) -> list[str]:
+        return self._lines
+
+    def tell(self, mistake: str) -> None:
+        self._mistake = self._mistake or mistake
+
+    def mistake(self) -> str | None:
+        return self._mistake
 
 
 def _worker(config: dict[str, Any]) -> None:
     """What runs in each process of the group."""
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if config["cfg"].use_gpu else torch.device("cpu")
-    host = Host(context.get_world_rank(), context.get_world_size(), device)
-    run_worker(config["cfg"], config["run"], ray.get(config["index"]), host, threads=config["threads"])
+    news = config["news"]
+    host = Host(context.get_world_rank(), context.get_world_size(), device, lambda line: ray.get(news.say.remote(line)))
+    try:
+        run_worker(config["cfg"], config["run"], ray.get(config["index"]), host, config["lock"], threads=config["threads"])
+    except (UserError, LostLock) as error:  # trying again would not mend it
+        ray.get(news.tell.remote(str(error)))
+    except StoppedByPeer:
+        pass
 
 
 @contextmanager
-def _progress(run: Output, steps: int, *, already: int) -> Iterator[None]:
-    """Show the run's progress while the workers write its log."""
+def _progress(run: Output, steps: int, news: Any, *, already: int) -> Iterator[None]:
+    """Show the run's progress, and what workers say, while they write its log."""
     stop = threading.Event()
 
     def follow() -> None:
-        progress, shown = Progress("train", steps, "steps", already=already), already
+        progress, shown, heard = Progress("train", steps, "steps", already=already), already, 0
         while not stop.wait(2.0):
-            lines = read_metrics(run.path)
-            if lines and lines[-1]["step"] > shown:
-                last = lines[-1]
+            said = ray.get(news.said.remote())
+            for line in said[heard:]:
+                print(f"train: {line}", file=sys.stderr, flush=True)
+            heard = len(said)
+            last = read_last_metrics(run.path)
+            if last is not None and last["step"] > shown:
                 progress.advance(last["step"] - shown, note=f"loss {last['loss']:.3f}  {last['samples_per_s']:.0f} samples/s")
                 shown = last["step"]
         progress.close()

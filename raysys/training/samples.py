@@ -1,4 +1,8 @@
-"""What a run trains on: the words ``annotations`` + ``policy``, ``selection``, or neither -> the index of the kept samples."""
+"""What a run trains on: the words ``annotations`` + ``policy``, ``selection``, or neither -> the index of the kept samples.
+
+The verdicts of a policy are a selection in ``R/selection``, as ``raysys filter`` writes it; where there are no annotations, ``R/index`` gets
+the places and captions of all samples. Both are made once: a run that is taken up again reads them.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +11,104 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from raysys.config import TrainConfig
+from raysys.config import CorpusConfig, TrainConfig
 from raysys.corpus.images import MISSING_IMAGE
-from raysys.corpus.index import SampleIndex, ShardRows, build_index
+from raysys.corpus.index import SHARDS_FILE, SHARDS_SCHEMA, SampleIndex, read_shards_table, write_shards_table
+from raysys.corpus.order import Order, Source
+from raysys.corpus.prefetch import prefetch
 from raysys.corpus.samples import DamagedShard
-from raysys.corpus.shards import Corpus, iter_samples, open_corpus
-from raysys.policy.policy import COLUMNS, NO_CAPTION, judge
-from raysys.policy.select import open_selection, refuse_what_was_not_stored
-from raysys.regions.annotations import Annotations, annotated_shards, head_of, open_annotations, refuse_changed_shard
-from raysys.storage import UserError, mask
+from raysys.corpus.shards import Corpus, Shard, iter_samples, open_corpus
+from raysys.policy.policy import NO_CAPTION
+from raysys.policy.select import annotations_sha256, make_selection, open_selection, refuse_what_was_not_stored
+from raysys.progress import Progress
+from raysys.regions.annotations import open_annotations
+from raysys.storage import UserError, exists, join, mask, read_json, remove_folder, shard_name, write_json, writing
+
+SHARDS_AT_ONCE = 4
+"""Shards that are scanned beside each other."""
+_ROWS = pa.schema([("offset", pa.int64()), ("size", pa.int64()), ("caption", pa.list_(pa.string()))])
 
 
-def choose_samples(cfg: TrainConfig) -> tuple[SampleIndex, dict[str, Any]]:
-    """The samples to train on, and which evidence they rest on (for the run's fingerprint).
+def check_evidence(cfg: TrainConfig) -> dict[str, Any]:
+    """Which evidence the run rests on, for its fingerprint; nothing is judged or written yet.
 
-    :raises UserError: where the evidence is missing or unfinished, does not fit the corpus, or leaves less than a batch.
+    :raises UserError: where it is missing or unfinished, or does not hold what the policy asks for.
     """
-    evidence: dict[str, Any]
-    corpus = _readable(open_corpus(cfg.corpus))
+    weights = {name: source.weight for name, source in cfg.corpus.sources.items() if source.weight is not None}
+    evidence: dict[str, Any] = {"weights": weights} if weights else {}
     if cfg.selection is not None:
-        selection = open_selection(cfg.selection)
-        index = _from_annotations(corpus, selection.annotations, selection.keep, None)
-        evidence = {"selection": selection.path, "annotations": selection.annotations.fingerprint}
+        annotations = open_selection(cfg.selection).annotations
     elif cfg.annotations is not None:
         annotations = open_annotations(cfg.annotations)
         refuse_what_was_not_stored(cfg.policy, annotations)
-        index = _from_annotations(corpus, annotations, None, cfg)
-        evidence = {"annotations": annotations.fingerprint}
     else:
-        index = _from_shards(corpus)
-        evidence = {}
-    if len(index) < cfg.global_batch:
-        raise UserError(
-            f"{len(index)} of {index.num_samples_before} samples are kept, fewer than global_batch={cfg.global_batch}; "
-            "loosen the policy or take a smaller batch"
+        return evidence
+    return evidence | {"annotations": annotations.fingerprint, "annotations_sha256": annotations_sha256(annotations)}
+
+
+def choose_samples(cfg: TrainConfig, run: str) -> SampleIndex:
+    """The samples to train on.
+
+    :param run: folder that takes the selection or the index.
+    :raises UserError: where the evidence does not fit the corpus, or leaves less than a batch.
+    """
+    corpus = _readable(open_corpus(cfg.corpus))
+    if cfg.selection is None and cfg.annotations is None:
+        folder = join(run, "index")
+        if not exists(join(folder, SHARDS_FILE)):
+            _scan(corpus, folder)
+        rows_folder, keep_folder = join(folder, "shards"), None
+        counts = read_json(join(folder, "counts.json"))
+    else:
+        folder = cfg.selection or make_selection(open_annotations(str(cfg.annotations)), cfg.policy, join(run, "selection")).path
+        selection = open_selection(folder)
+        rows_folder, keep_folder = join(selection.annotations.path, "shards"), join(selection.path, "selection")
+        counts = read_json(join(selection.path, "manifest.json"))["counts"]
+    table = read_shards_table(folder)
+    shards = _matching_shards(table, corpus)
+    return SampleIndex(
+        roots=corpus.roots,
+        names=table["name"].combine_chunks(),
+        kept=table["kept"].to_numpy(),
+        size=np.array([shard.size for shard in shards], dtype=np.int64),
+        rows_folder=rows_folder,
+        keep_folder=keep_folder,
+        num_samples_before=counts["samples"],
+        reasons=counts["reasons"],
+    )
+
+
+def order_of(cfg: TrainConfig, index: SampleIndex) -> Order:
+    """The order of a run. :raises UserError: where a batch asks for more than is kept."""
+    try:
+        return Order(
+            index.kept,
+            index.size,
+            sources=_sources(cfg.corpus, index),
+            global_batch=cfg.global_batch,
+            lanes=cfg.order.lanes,
+            block_bytes=cfg.order.block_mb * 1e6,
+            window_bytes=cfg.order.window_mb * 1e6,
+            seed=cfg.seed,
+            factor=cfg.augment.factor,
         )
-    return index, evidence
+    except ValueError as error:
+        raise UserError(
+            f"{len(index)} of {index.num_samples_before} samples are kept: {error}; loosen the policy or take a smaller batch"
+        ) from error
+
+
+def _sources(corpus: CorpusConfig, index: SampleIndex) -> list[Source]:
+    """Sources with a weight; their shards stand together, as names begin with the source's."""
+    weights = {name: source.weight for name, source in corpus.sources.items() if source.weight is not None}
+    names = np.array(index.names.to_pylist())
+    sources = []
+    for name, weight in sorted(weights.items(), key=lambda item: shard_name(f"{item[0]}/")):
+        mine = np.flatnonzero(np.char.startswith(names, shard_name(f"{name}/")))
+        sources.append(Source(int(mine[0]), int(mine[-1]) + 1, weight))
+    return sources
 
 
 def _readable(corpus: Corpus) -> Corpus:
@@ -57,42 +122,60 @@ def _readable(corpus: Corpus) -> Corpus:
     return corpus
 
 
-def _from_annotations(corpus: Corpus, annotations: Annotations, keep_of: Any, cfg: TrainConfig | None) -> SampleIndex:
-    """Rows of all annotated shards; ``keep_of(name)`` of a selection decides, or the policy of ``cfg``."""
-    annotated = annotated_shards(corpus, annotations)
-    unknown = next((shard.name for shard in corpus.shards if shard.name not in annotated), None)
-    if unknown is not None:
-        raise UserError(f"shard {unknown} of the corpus is not annotated; run raysys annotate over the whole corpus")
-    shards = []
-    for name, shard in annotated.items():
-        table = annotations.read(name, ["offset", "size", *COLUMNS])
-        refuse_changed_shard(shard.path, head_of(table).identity, shard.identity)
-        if keep_of is not None:
-            keep, reasons = keep_of(name), Counter[str]()
-        else:
-            assert cfg is not None
-            verdict = judge(table, cfg.policy)
-            keep = verdict["keep"].to_numpy()
-            reasons = Counter(r for r in verdict["reason"].to_pylist() if r is not None)
-        captions = table["caption"].combine_chunks()
-        shards.append(ShardRows(shard.path, table["offset"].to_numpy(), table["size"].to_numpy(), captions, keep, reasons))
-    return build_index(shards)
+def _matching_shards(table: pa.Table, corpus: Corpus) -> list[Shard]:
+    """The corpus's shards in the order of the table. :raises UserError: where they are not those that the offsets were taken of."""
+    listed = {shard.name: shard for shard in corpus.shards}
+    names, identities = table["name"].to_pylist(), table["identity"].to_pylist()
+    missing = [name for name in names if name not in listed]
+    if missing:
+        raise UserError(f"{len(missing)} annotated shards are not in the corpus, {missing[0]} first")
+    unknown = sorted(listed.keys() - set(names))
+    if unknown:
+        raise UserError(f"shard {unknown[0]} of the corpus is not annotated; run raysys annotate over the whole corpus")
+    changed = [(listed[name], made_of) for name, made_of in zip(names, identities, strict=True) if listed[name].identity != made_of]
+    if changed:
+        shard, made_of = changed[0]
+        raise UserError(
+            f"{len(changed)} of {len(names)} shards changed since their offsets were taken, {mask(shard.path)} first "
+            f"(size:time {made_of} then, {shard.identity} now); annotate again, or begin a new run where there are no annotations"
+        )
+    return [listed[name] for name in names]
 
 
-def _from_shards(corpus: Corpus) -> SampleIndex:
-    """Every sample of the corpus: one pass over the tars."""
-    shards = []
-    for shard in corpus.shards:
-        path = shard.path
-        samples: list[tuple[int, int, list[str]]] = []
+# ---- a corpus without annotations -------------------------------------------------------------------------------------
+
+
+def _scan(corpus: Corpus, folder: str) -> None:
+    """Places and captions of every sample that can be trained on: one pass over the tars.
+
+    :raises UserError: where a shard is damaged.
+    """
+    remove_folder(folder)
+
+    def scan(shard: Shard) -> tuple[dict[str, Any], Counter[str]]:
+        rows: list[dict[str, Any]] = []
+        reasons: Counter[str] = Counter()
         try:
-            samples.extend((s.offset, s.size, s.captions) for s in iter_samples(path))
+            for sample in iter_samples(shard.path):
+                reason = MISSING_IMAGE if sample.offset < 0 else sample.error or (None if sample.captions else NO_CAPTION)
+                if reason is not None:
+                    reasons[reason] += 1
+                else:
+                    rows.append({"offset": sample.offset, "size": sample.size, "caption": sample.captions})
         except DamagedShard as error:
-            raise UserError(f"{path}: {error}; raysys annotate keeps the good part of a damaged shard") from error
-        offset = np.array([o for o, _, _ in samples], dtype=np.int64)
-        size = np.array([s for _, s, _ in samples], dtype=np.int64)
-        captions = pa.array([c for _, _, c in samples], pa.list_(pa.string()))
-        captioned = np.array([len(c) for _, _, c in samples], dtype=np.int64) > 0
-        reasons = Counter({MISSING_IMAGE: int((offset < 0).sum()), NO_CAPTION: int(((offset >= 0) & ~captioned).sum())})
-        shards.append(ShardRows(path, offset, size, captions, (offset >= 0) & captioned, +reasons))
-    return build_index(shards)
+            raise UserError(f"{mask(shard.path)}: {error}; raysys annotate keeps the good part of a damaged shard") from error
+        with writing(join(folder, "shards", f"{shard.name}.parquet"), tmp_folder=join(folder, "_tmp")) as file:
+            pq.write_table(pa.Table.from_pylist(rows, _ROWS), file, row_group_size=2_000)
+        return {"name": shard.name, "rows": len(rows), "kept": len(rows), "identity": shard.identity}, reasons
+
+    progress = Progress("index", len(corpus.shards), "shards")
+    lines, reasons = [], Counter[str]()
+    for line, of_shard in prefetch(corpus.shards, scan, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE):
+        lines.append(line)
+        reasons += of_shard
+        progress.advance(items=line["rows"])
+    progress.close()
+    samples = sum(line["rows"] for line in lines) + reasons.total()
+    write_json(join(folder, "counts.json"), {"samples": samples, "reasons": dict(reasons)})
+    write_shards_table(folder, pa.Table.from_pylist(lines, SHARDS_SCHEMA), tmp_folder=join(folder, "_tmp"))
+    remove_folder(join(folder, "_tmp"))

@@ -1,7 +1,9 @@
 """One optimisation step of CLIP: forward, contrastive loss over all workers, backward, AdamW.
 
-The recipe is open_clip's: no weight decay on gains, biases and the logit scale; linear warm-up, then cosine to 0; the logit scale is
-held at most ln 100.
+In: a worker's pictures and texts of a step. Out: changed weights, and metrics of the global batch. The recipe is open_clip's: no weight
+decay on gains, biases and the logit scale; linear warm-up, then cosine to 0; the logit scale is held at most ln 100. A worker's share goes
+through the model at once or in micro-batches (GradCache), with the same loss. Leaves to others which samples, how many steps, and the
+seeds of dropout.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import math
 from typing import Any
 
 import torch
-from open_clip.loss import ClipLoss, gather_features
 from torch import nn
 
 from raysys.config import LoopConfig, OptimConfig
+from raysys.training.group import Group
+from raysys.training.loss import Contrast, Features, contrast
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
@@ -43,6 +46,23 @@ def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
     return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def batch_norm_warning(model: nn.Module, group: Group, micro_batch: int | None) -> str | None:
+    """One line where the model has batch norm and the global batch is cut, so that its statistics are those of a cut; else None."""
+    layers = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    in_parts = _in_parts(group, micro_batch)
+    if layers == 0 or (group.world_size == 1 and not in_parts):
+        return None
+    samples = -(-group.size // _num_parts(group, micro_batch))
+    by, twice = "num_workers", ""
+    if in_parts:
+        by = "num_workers and train.micro_batch"
+        twice = "; micro-batches go forward twice, so its running statistics are updated twice a step"
+    return (
+        f"the model has batch norm ({layers} layers): its statistics are those of {samples} samples, not of the global batch of "
+        f"{group.global_batch}, so losses depend on {by}{twice}; a model with layer norm only (any ViT) has the same losses anyhow"
+    )
+
+
 class TrainStep:
     """Model, loss and optimiser of one worker."""
 
@@ -55,76 +75,163 @@ class TrainStep:
         loop: LoopConfig,
         optim: OptimConfig,
         device: torch.device,
-        rank: int,
-        world_size: int,
+        group: Group,
+        steps: int,
     ) -> None:
+        """
+        :param mean: of the pictures' channels, 0..1, like ``std``.
+        :param steps: of the whole run, for the learning rate.
+        """
         self.model = model.to(device)
         if loop.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self._loop, self._optim, self._device = loop, optim, device
-        self._rank, self._world_size = rank, world_size
+        self._loop, self._optim, self._device, self._group, self._steps = loop, optim, device, group, steps
         self._parallel: nn.Module = self.model
-        if world_size > 1:
+        if group.world_size > 1:
             self._parallel = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=[device.index] if device.type == "cuda" else None
             )
-        # Each worker's loss is over its own rows against everyone's columns; only with gradients through the gather is
-        # the mean over workers the gradient of the whole batch's loss.
-        self._loss = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=world_size)
         self.optimizer = make_optimizer(self.model, optim)
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
+        self._loss_sum, self._loss_count = torch.zeros((), device=device), 0
 
     def __call__(self, images: torch.Tensor, texts: torch.Tensor, *, step: int, measure: bool) -> dict[str, float]:
-        """Do step ``step`` on uint8 images [b, 3, S, S] and texts [b, context].
+        """Do step ``step`` on this worker's uint8 images [b, 3, S, S] and texts [b, context].
 
-        :param measure: also return the metrics (they wait for the device).
+        :param measure: also return the metrics; alike on all workers, as they talk about them, and they wait for the device. ``loss``,
+            ``image_accuracy`` and ``text_accuracy`` (share of the pictures whose own text is the nearest, and the other way round) are
+            those of the global batch, ``grad_norm`` is before clipping.
         """
         self.model.train()
-        lr = learning_rate(step, steps=self._loop.steps, optim=self._optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = learning_rate(step, steps=self._steps, optim=self._optim)
+        for params in self.optimizer.param_groups:
+            params["lr"] = lr
         images = images.to(self._device, non_blocking=True)
         texts = texts.to(self._device, non_blocking=True)
-        pixels = ((images.float() - self._mean) / self._std).contiguous(
-            memory_format=torch.channels_last if self._loop.channels_last else torch.contiguous_format
-        )
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._loop.precision == "amp_bf16"):
-            image_BD, text_BD, scale = self._features(pixels, texts)
-            loss = self._loss(image_BD, text_BD, scale)
-        loss.backward()
+        backward = self._backward_in_parts if _in_parts(self._group, self._loop.micro_batch) else self._backward_at_once
+        part, scale = backward(images, texts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip_norm or math.inf)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator]
+        self._loss_sum += part.loss.detach()
+        self._loss_count += 1
         if not measure:
             return {}
-        accuracy = self._accuracy(image_BD.detach(), text_BD.detach())
-        loss_mean = self._mean_over_workers(loss.detach().float())
-        return {"loss": loss_mean, **accuracy, "logit_scale": float(scale.detach()), "lr": lr, "grad_norm": float(norm)}
-
-    def _features(self, pixels: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalised embeddings [b, D] of pictures and texts, and exp(logit scale)."""
-        out: Any = self._parallel(pixels, texts)
-        if isinstance(out, dict):
-            return out["image_features"], out["text_features"], out["logit_scale"]
-        return out[0], out[1], out[2]
-
-    def _accuracy(self, image_BD: torch.Tensor, text_BD: torch.Tensor) -> dict[str, float]:
-        """Share of this worker's pictures (texts) whose own text (picture) is the nearest of the global batch."""
-        all_image, all_text = image_BD, text_BD
-        if self._world_size > 1:
-            all_image, all_text = gather_features(image_BD, text_BD, rank=self._rank, world_size=self._world_size)
-        own = torch.arange(len(image_BD), device=self._device) + self._rank * len(image_BD)
+        whole = self._group.sum(torch.stack([part.loss, part.image_accuracy, part.text_accuracy]))
+        loss, image_accuracy, text_accuracy = whole.tolist()
         return {
-            "image_accuracy": self._mean_over_workers(((image_BD @ all_text.T).argmax(1) == own).float().mean()),
-            "text_accuracy": self._mean_over_workers(((text_BD @ all_image.T).argmax(1) == own).float().mean()),
+            "loss": loss,
+            "image_accuracy": image_accuracy,
+            "text_accuracy": text_accuracy,
+            "logit_scale": float(scale),
+            "lr": lr,
+            "grad_norm": float(norm),
         }
 
-    def _mean_over_workers(self, value: torch.Tensor) -> float:
-        if self._world_size > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-            value = value / self._world_size
-        return float(value)
+    def take_mean_loss(self) -> float:
+        """Mean loss of the global batch over the steps since the last call, the same on all workers; all must call it after the same
+        step, as they add up their parts. nan where there was no step."""
+        total = float(self._group.sum(self._loss_sum))
+        mean = total / self._loss_count if self._loss_count else math.nan
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        return mean
+
+    def _backward_at_once(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[Contrast, torch.Tensor]:
+        """Gradients of the global batch's loss in the weights; returns this worker's part of the numbers, and the logits' scale."""
+        features = self._features(self._parallel, images, texts)
+        return self._loss_backward(features), features.scale.detach()
+
+    def _backward_in_parts(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[Contrast, torch.Tensor]:
+        """As :meth:`_backward_at_once` with the activations of one micro-batch in memory: GradCache (arXiv:2101.06983).
+
+        First all features without activations, and the loss's gradient in them; then each micro-batch again, with that gradient.
+        """
+        number = _num_parts(self._group, self._loop.micro_batch)
+        batches = list(zip(images.tensor_split(number), texts.tensor_split(number), strict=True))
+        states, parts = [], []
+        with torch.no_grad():
+            for batch in batches:
+                states.append(_random_state(self._device))
+                parts.append(self._features(self.model, *batch))
+        whole = _join_as_leaves(parts)
+        result = self._loss_backward(whole)
+
+        sizes = [len(part.image_bD) for part in parts]
+        image_grads, text_grads = _grad(whole.image_bD).split(sizes), _grad(whole.text_bD).split(sizes)
+        for i, batch in enumerate(batches):
+            _set_random_state(states[i], self._device)  # the same dropout as in the first pass
+            last = i == len(batches) - 1
+            # Gradients add up in the weights; only DDP's own forward pass arms its all-reduce, which takes the sums. (no_sync would
+            # not do: its forward passes broadcast buffers, and workers may have different numbers of micro-batches.)
+            part = self._features(self._parallel if last else self.model, *batch)
+            outputs, grads = [part.image_bD, part.text_bD], [image_grads[i], text_grads[i]]
+            if last:  # scale and bias are not of one micro-batch: their gradient is of the whole share, and counts once
+                outputs.append(part.scale)
+                grads.append(_grad(whole.scale))
+                if part.bias is not None and whole.bias is not None:
+                    outputs.append(part.bias)
+                    grads.append(_grad(whole.bias))
+            torch.autograd.backward(outputs, grads)
+        return result, whole.scale.detach()
+
+    def _features(self, module: nn.Module, images: torch.Tensor, texts: torch.Tensor) -> Features:
+        """What the model says of uint8 images [n, 3, S, S] and texts [n, context]."""
+        pixels = ((images.float() - self._mean) / self._std).contiguous(
+            memory_format=torch.channels_last if self._loop.channels_last else torch.contiguous_format
+        )
+        with self._autocast():
+            out: Any = module(image=pixels, text=texts)
+        if isinstance(out, dict):
+            return Features(out["image_features"], out["text_features"], out["logit_scale"], out.get("logit_bias"))
+        return Features(out[0], out[1], out[2], out[3] if len(out) > 3 else None)
+
+    def _loss_backward(self, features: Features) -> Contrast:
+        with self._autocast():
+            part = contrast(features, self._group)
+        (part.loss * self._group.world_size).backward()  # DDP takes the mean over the workers, the loss is the sum of their parts
+        return part
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._loop.precision == "amp_bf16")
+
+
+def _in_parts(group: Group, micro_batch: int | None) -> bool:
+    """Whether shares go through the model in micro-batches: on all workers or on none, as their collectives must come in one order."""
+    return micro_batch is not None and micro_batch < max(group.sizes)
+
+
+def _num_parts(group: Group, micro_batch: int | None) -> int:
+    """Micro-batches of this worker's share, each of at most ``micro_batch`` samples."""
+    return -(-group.size // (micro_batch or group.size))
+
+
+def _join_as_leaves(parts: list[Features]) -> Features:
+    """The features of all micro-batches, cut off from the model: gradients end in them."""
+    first = parts[0]
+    return Features(
+        torch.cat([part.image_bD for part in parts]).requires_grad_(),
+        torch.cat([part.text_bD for part in parts]).requires_grad_(),
+        first.scale.detach().requires_grad_(),
+        None if first.bias is None else first.bias.detach().requires_grad_(),
+    )
+
+
+def _grad(leaf: torch.Tensor) -> torch.Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the CPU and the GPU: patch dropout draws on the CPU, dropout where its input lies."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    on_cpu, on_gpu = state
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, device)

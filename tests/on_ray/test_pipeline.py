@@ -100,6 +100,7 @@ def test_two_workers_give_the_losses_of_one(
         losses[workers] = [m["loss"] for m in read_metrics(str(run))]
         assert sorted(p.name for p in run.iterdir()) == [
             "checkpoints",
+            "index",
             "manifest.json",
             "metrics.jsonl",
             "open_clip",

@@ -1,0 +1,60 @@
+"""Look at an augmentation: a grid of views, drawn by what training calls.
+
+    python tools/draw_views.py PICTURE... --augment default [--views 8] [--strengths 0,0.5,1] [--size 224] [--seed 0] --out views.png
+
+One row for a picture and a strength; the plain picture first, then views 0, 1, 2, ... ``--augment`` is a name of conf/augment or a YAML
+file of its keys. A column is one view: down a picture's rows its strength grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from raysys.cli import compose_config
+from raysys.config import AugmentConfig
+from raysys.training.augment import make_view, view_rng
+
+MARGIN_PX = 4
+LABEL_PX = 16
+"""Line above a row."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    parser.add_argument("--augment", required=True, help="name of conf/augment, or a YAML file")
+    parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--strengths", default="1", help="0..1, with commas")
+    parser.add_argument("--size", type=int, default=224, help="side of a view, pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    words = ["corpus.path=x", "model=x", "output=x", "train.steps=1", f"augment={args.augment}"]
+    augment = compose_config("train", words).augment
+    strengths = [float(word) for word in args.strengths.split(",")]
+    draw(args.pictures, augment, strengths, args.views, args.size, args.seed).save(args.out)
+
+
+def draw(
+    pictures: list[Path], augment: AugmentConfig, strengths: list[float], num_views: int, size_px: int, seed: int
+) -> Image.Image:
+    """RGB grid: len(pictures) * len(strengths) rows of 1 + num_views squares."""
+    rows = [(number, file, strength) for number, file in enumerate(pictures) for strength in strengths]
+    column_px, row_px = size_px + MARGIN_PX, size_px + MARGIN_PX + LABEL_PX
+    grid = Image.new("RGB", ((1 + num_views) * column_px + MARGIN_PX, len(rows) * row_px + MARGIN_PX), "white")
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(LABEL_PX - 4)
+    for row, (number, file, strength) in enumerate(rows):
+        data, y = file.read_bytes(), row * row_px
+        pen.text((MARGIN_PX, y), f"{file.name}, strength {strength:g}", fill="black", font=font)
+        for column in range(1 + num_views):
+            rng = view_rng(seed, shard=0, offset=number, view=max(column - 1, 0))
+            pixels, _ = make_view(data, [""], size_px=size_px, augment=augment, strength=strength if column else 0, rng=rng)
+            grid.paste(Image.fromarray(pixels), (MARGIN_PX + column * column_px, y + LABEL_PX))
+    return grid
+
+
+if __name__ == "__main__":
+    main()
