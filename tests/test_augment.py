@@ -182,6 +182,7 @@ def test_crops_are_spread_as_torchvisions(size: tuple[int, int], scale_min: floa
     assert (np.abs(a.mean(1) - b.mean(1)) < 4 * error).all()
     quantiles = np.quantile(a, [0.1, 0.5, 0.9], axis=1) - np.quantile(b, [0.1, 0.5, 0.9], axis=1)
     assert np.abs(quantiles).max() < 0.03
+    assert np.abs(np.corrcoef(a) - np.corrcoef(b)).max() < 4 * math.sqrt(2 / 4000)
 
 
 @pytest.mark.parametrize("size", [(1000, 100), (90, 900), (1000, 101)])

@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import noise_jpeg, sample, write_tar
+from conftest import S3Server, noise_jpeg, sample, write_tar
 
 from raysys.config import AugmentConfig, CorpusConfig, LoopConfig, OptimConfig, PolicyConfig, SourceConfig, TrainConfig
 from raysys.corpus.index import BlockReader
@@ -20,13 +20,13 @@ from raysys.policy.select import filter_annotations
 from raysys.regions.annotations import AnnotationFiles
 from raysys.regions.annotator import Annotator
 from raysys.regions.units import look_at_shard
-from raysys.storage import UserError, open_output
+from raysys.storage import UserError, open_output, write_bytes
 from raysys.training import checkpoint, loop
 from raysys.training.ingest import BatchReader
 from raysys.training.lock import RunLock
 from raysys.training.loop import Host, run_worker
 from raysys.training.metrics import read_metrics
-from raysys.training.samples import choose_samples, order_of
+from raysys.training.samples import check_evidence, choose_samples, order_of
 from raysys.training.step import learning_rate
 
 LOCAL = Host(rank=0, world_size=1, device=torch.device("cpu"), say=print)
@@ -162,7 +162,7 @@ def test_a_changed_shard_is_refused(tmp_path: Path, small_corpus: Path, annotati
 
 def test_a_shard_without_annotations_is_refused(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
     write_tar(small_corpus / "train-00002.tar", sample("x", noise_jpeg(1)))
-    with pytest.raises(UserError, match=r"train-00002.tar of the corpus is not annotated"):
+    with pytest.raises(UserError, match=r"1 shards of the corpus are not annotated, train-00002.tar first"):
         choose_samples(config(tmp_path, small_corpus, tiny_model, annotations=str(annotations)), str(tmp_path / "run"))
 
 
@@ -170,6 +170,16 @@ def test_less_than_a_batch_is_refused(tmp_path: Path, plain_corpus: Path, tiny_m
     cfg = config(tmp_path, plain_corpus, tiny_model, global_batch=64)
     with pytest.raises(UserError, match="40 of 40 samples are kept: global_batch=64 takes 64 samples of 40"):
         order_of(cfg, choose_samples(cfg, cfg.output))
+
+
+def test_another_selection_is_another_run(tmp_path: Path, small_corpus: Path, annotations: Path, tiny_model: str) -> None:
+    from raysys.config import FilterConfig
+
+    evidence = []
+    for name, policy in (("S", PolicyConfig()), ("T", PolicyConfig(name="area", max_text_area=0.2)), ("U", PolicyConfig())):
+        filter_annotations(FilterConfig(output=str(tmp_path / name), annotations=str(annotations), policy=policy))
+        evidence.append(check_evidence(config(tmp_path, small_corpus, tiny_model, selection=str(tmp_path / name))))
+    assert evidence[0] == evidence[2] != evidence[1]
 
 
 def test_a_corpus_that_changes_under_a_run_is_refused(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
@@ -313,3 +323,21 @@ def test_the_open_clip_folder_is_the_last_checkpoint(tmp_path: Path, plain_corpu
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state["model"][name]), name
     assert preprocess is not None
+
+
+def test_a_run_on_an_object_store_has_the_losses_of_a_local_one(
+    tmp_path: Path, plain_corpus: Path, tiny_model: str, s3: S3Server
+) -> None:
+    bucket = s3.new_bucket()
+    for shard in plain_corpus.iterdir():
+        write_bytes(f"{bucket}/c/{shard.name}", shard.read_bytes())
+    local = config(tmp_path, plain_corpus, tiny_model)
+    away = replace(local, corpus=CorpusConfig(path=f"{bucket}/c"), output=f"{bucket}/R")
+    before = len(s3.requests())
+    assert train_alone(away) == train_alone(local)
+    ranges = [r for r in s3.requests()[before:] if r.startswith("GET") and "/c/" in r and r.endswith(".tar")]
+    assert len(ranges) < 8 * 16 / 2  # 16 lanes of two or three pictures: neighbours come together even so
+    assert checkpoint.steps_there(away.output)[-2:] == [6, 8]
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{local.output}/open_clip")
+    state = checkpoint.load_newest(away.output)
+    assert state is not None and all(torch.equal(tensor, state["model"][name]) for name, tensor in model.state_dict().items())

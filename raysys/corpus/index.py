@@ -7,7 +7,6 @@ straight from the original tars, neighbours in one ranged read.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from threading import Lock
@@ -61,12 +60,6 @@ class SampleIndex:
 
     def __len__(self) -> int:
         return int(self.kept.sum())
-
-    def fingerprint(self) -> str:
-        """16 hex digits over what is kept of which shard."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.kept).tobytes())
-        digest.update("\n".join(self.names.to_pylist()).encode())
-        return digest.hexdigest()[:16]
 
 
 @dataclass

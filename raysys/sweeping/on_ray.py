@@ -33,6 +33,7 @@ from raysys.storage import (
     is_local,
     open_output,
     read_json,
+    remove_file,
     settings_of,
     write_bytes,
     write_json,
@@ -98,6 +99,7 @@ def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig],
         point = todo[config["point"]]
         result: dict[str, Any] = {"status": "finished", "reason": None}
         run = output.join("trials", point.name)
+        remove_file(_result_file(output, point))  # of a failure that is tried again
         try:
             manifest_of = train_run(at_point(base, point, run), concurrent_runs=concurrent)
             counts = read_json(manifest_of.join("manifest.json"))["counts"]

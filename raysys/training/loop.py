@@ -152,7 +152,7 @@ def _train(
             window.got_data(bytes_read=batch.bytes_read, bytes_used=batch.bytes_used)
         # Dropout and patch dropout draw from a stream of the step, so a resumed run draws the same.
         torch.manual_seed((cfg.seed << 32) ^ (step * group.world_size + group.rank))
-        measure = done % loop.log_every == 0 or done == steps or step == first
+        measure = done % loop.log_every == 0 or done == steps or step == 0
         metrics = step_fn(batch.images, batch.texts, step=step, measure=measure)
         window.stepped()
         if measure:
@@ -221,6 +221,7 @@ class _Writer:
         self._checkpoints = checkpoint.CheckpointWriter(run, lock, keep=loop.keep_checkpoints, keep_best=loop.keep_best)
         self._every_s = 60 * loop.checkpoint_minutes if loop.checkpoint_minutes else None
         self._saved = time.monotonic()
+        self._closed = False
 
     def is_due(self) -> bool:
         """Whether the clock asks for a checkpoint."""
@@ -232,5 +233,8 @@ class _Writer:
         self._saved = time.monotonic()
 
     def close(self) -> None:
-        self._checkpoints.close()
-        self.log.close()
+        """Until all is written; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._checkpoints.close()
+            self.log.close()

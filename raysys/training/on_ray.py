@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ from raysys.training import checkpoint
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.loop import Host, StoppedByPeer, run_worker
 from raysys.training.metrics import read_last_metrics, read_metrics
-from raysys.training.samples import check_evidence, choose_samples, order_of
+from raysys.training.samples import check_evidence, choose_samples, order_of, weighted_sources
 
 CPUS_PER_WORKER = 0.9
 """Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores."""
@@ -60,24 +60,16 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     there = checkpoint.steps_there(run.path)
     lock = RunLock.take(run.path)
     try:
-        index = choose_samples(cfg, run.path)
-        order = order_of(cfg, index)
-    except UserError:
-        if not there:
-            run.forget()  # other words may mend it, and would be refused here
-        raise
-    if there:
-        print(f"train: goes on after step {there[-1]} of {cfg.num_steps}")
-    print(f"train: {len(index)} of {index.num_samples_before} samples are kept" + _reasons(index), flush=True)
-    if len(order.shares) > 1:
-        names = [name for name, source in sorted(cfg.corpus.sources.items())]
-        print(f"train: of every batch {', '.join(f'{n} {name}' for n, name in zip(order.shares, names, strict=True))}", flush=True)
-    with ray_session(cfg.ray):
-        _fit(cfg, run, index, lock, already=there[-1] if there else 0, concurrent_runs=concurrent_runs)
-    try:
+        index = _train_to_the_end(cfg, run, lock, there, concurrent_runs)
         lock.check()
     except LostLock as error:
         raise UserError(str(error)) from error
+    except UserError:
+        with suppress(LostLock):
+            lock.check()
+            if not checkpoint.steps_there(run.path):
+                run.forget()  # other words or files may mend it, and would be refused here
+        raise
     metrics = read_metrics(run.path)
     counts = {
         "steps": cfg.num_steps,
@@ -90,6 +82,20 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     run.finish(counts, samples_per_s=_median([m["samples_per_s"] for m in metrics[1:]]))
     remove_folder(run.join("lock"))
     return run
+
+
+def _train_to_the_end(cfg: TrainConfig, run: Output, lock: RunLock, there: list[int], concurrent_runs: int) -> SampleIndex:
+    index = choose_samples(cfg, run.path)
+    order = order_of(cfg, index)
+    if there:
+        print(f"train: goes on after step {there[-1]} of {cfg.num_steps}")
+    print(f"train: {len(index)} of {index.num_samples_before} samples are kept" + _reasons(index), flush=True)
+    if len(order.shares) > 1:
+        shares = zip(order.shares, weighted_sources(cfg.corpus), strict=True)
+        print(f"train: of every batch {', '.join(f'{number} {name}' for number, name in shares)}", flush=True)
+    with ray_session(cfg.ray):
+        _fit(cfg, run, index, lock, already=there[-1] if there else 0, concurrent_runs=concurrent_runs)
+    return index
 
 
 def _settings(cfg: TrainConfig) -> dict[str, Any]:

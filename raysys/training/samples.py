@@ -36,10 +36,12 @@ def check_evidence(cfg: TrainConfig) -> dict[str, Any]:
 
     :raises UserError: where it is missing or unfinished, or does not hold what the policy asks for.
     """
-    weights = {name: source.weight for name, source in cfg.corpus.sources.items() if source.weight is not None}
+    weights = weighted_sources(cfg.corpus)
     evidence: dict[str, Any] = {"weights": weights} if weights else {}
     if cfg.selection is not None:
-        annotations = open_selection(cfg.selection).annotations
+        selection = open_selection(cfg.selection)
+        annotations = selection.annotations
+        evidence["selection"] = read_json(join(selection.path, "settings.json"))["settings"]["policy"]
     elif cfg.annotations is not None:
         annotations = open_annotations(cfg.annotations)
         refuse_what_was_not_stored(cfg.policy, annotations)
@@ -66,7 +68,12 @@ def choose_samples(cfg: TrainConfig, run: str) -> SampleIndex:
         selection = open_selection(folder)
         rows_folder, keep_folder = join(selection.annotations.path, "shards"), join(selection.path, "selection")
         counts = read_json(join(selection.path, "manifest.json"))["counts"]
-    table = read_shards_table(folder)
+    try:
+        table = read_shards_table(folder)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{mask(folder)}: has no {SHARDS_FILE}, an older raysys made it; run raysys filter again with the same words"
+        ) from error
     shards = _matching_shards(table, corpus)
     return SampleIndex(
         roots=corpus.roots,
@@ -100,12 +107,17 @@ def order_of(cfg: TrainConfig, index: SampleIndex) -> Order:
         ) from error
 
 
+def weighted_sources(corpus: CorpusConfig) -> dict[str, float]:
+    """Names and weights, in the order of their shards; none where the sources have no weight."""
+    weights = {name: source.weight for name, source in corpus.sources.items() if source.weight is not None}
+    return dict(sorted(weights.items(), key=lambda item: shard_name(f"{item[0]}/")))
+
+
 def _sources(corpus: CorpusConfig, index: SampleIndex) -> list[Source]:
     """Sources with a weight; their shards stand together, as names begin with the source's."""
-    weights = {name: source.weight for name, source in corpus.sources.items() if source.weight is not None}
     names = np.array(index.names.to_pylist())
     sources = []
-    for name, weight in sorted(weights.items(), key=lambda item: shard_name(f"{item[0]}/")):
+    for name, weight in weighted_sources(corpus).items():
         mine = np.flatnonzero(np.char.startswith(names, shard_name(f"{name}/")))
         sources.append(Source(int(mine[0]), int(mine[-1]) + 1, weight))
     return sources
@@ -128,10 +140,15 @@ def _matching_shards(table: pa.Table, corpus: Corpus) -> list[Shard]:
     names, identities = table["name"].to_pylist(), table["identity"].to_pylist()
     missing = [name for name in names if name not in listed]
     if missing:
-        raise UserError(f"{len(missing)} annotated shards are not in the corpus, {missing[0]} first")
+        raise UserError(
+            f"{len(missing)} of {len(names)} shards that were annotated (or indexed) are not in the corpus, {missing[0]} first"
+        )
     unknown = sorted(listed.keys() - set(names))
     if unknown:
-        raise UserError(f"shard {unknown[0]} of the corpus is not annotated; run raysys annotate over the whole corpus")
+        raise UserError(
+            f"{len(unknown)} shards of the corpus are not annotated, {unknown[0]} first; run raysys annotate over the whole corpus, "
+            "or begin a new run where there are no annotations"
+        )
     changed = [(listed[name], made_of) for name, made_of in zip(names, identities, strict=True) if listed[name].identity != made_of]
     if changed:
         shard, made_of = changed[0]
