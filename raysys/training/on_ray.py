@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
 from raysys.corpus.index import SampleIndex
-from raysys.models import check_model
+from raysys.models import check_model, portable
 from raysys.progress import Progress
 from raysys.storage import Output, UserError, is_local, open_output, read_json, remove_folder, settings_of
 from raysys.training import checkpoint
@@ -122,9 +123,18 @@ def _fit(cfg: TrainConfig, run: Output, index: SampleIndex, lock: RunLock, *, al
     require(f"train with {fewest} workers", cpus=fewest * CPUS_PER_WORKER, gpus=fewest * gpus)
     threads = max(1, num_cpus() // (most * concurrent_runs))
     news = _News.remote()  # type: ignore[attr-defined]
+    model, pretrained = portable(cfg.model, cfg.pretrained)  # workers run in a folder of Ray's
+    of_workers = replace(cfg, model=model, pretrained=pretrained or cfg.pretrained)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"cfg": cfg, "run": run.path, "index": ray.put(index), "lock": lock, "threads": threads, "news": news},
+        train_loop_config={
+            "cfg": of_workers,
+            "run": run.path,
+            "index": ray.put(index),
+            "lock": lock,
+            "threads": threads,
+            "news": news,
+        },
         torch_config=TorchConfig(backend="nccl" if cfg.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]  # Ray annotates the former one

@@ -122,12 +122,16 @@ def test_two_workers_give_the_losses_of_one(
     assert status == 0 and "nothing is left to do" in printed
 
 
-def test_a_mistake_in_a_worker_is_one_line(ray_cluster: None, run_cli: Cli, tmp_path: Path, tiny_model: str) -> None:
+def test_a_mistake_in_a_worker_is_one_line(
+    ray_cluster: None, run_cli: Cli, tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # workers run elsewhere: what words name relatively must reach them
     write_tar(tmp_path / "c" / "0.tar", [m for i in range(8) for m in sample(str(i), b"junk" if i == 3 else noise_jpeg(i))])
     status, _, err = run_cli(
-        "train", f"corpus.path={tmp_path / 'c'}", f"model={tiny_model}", f"output={tmp_path / 'R'}", "train.steps=2", *RECIPE
+        "train", "corpus.path=c", f"model={Path(tiny_model).name}", "output=R", "train.steps=2", "num_workers=2", *RECIPE
     )
     assert status == 2 and "not_an_image; annotate the corpus first" in err.splitlines()[-1]
+    assert not (tmp_path / "R").exists()  # nothing was learnt: other words may take the folder
 
 
 def _labelled_folder(folder: Path) -> Path:
