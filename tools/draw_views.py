@@ -9,12 +9,14 @@ file of its keys. A column is one view: down a picture's rows its strength grows
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from raysys.cli import compose_config
 from raysys.config import AugmentConfig
+from raysys.storage import UserError
 from raysys.training.augment import make_view, view_rng
 
 MARGIN_PX = 4
@@ -57,4 +59,7 @@ def draw(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"draw_views: {error}")
