@@ -17,6 +17,8 @@ ENGINES = ("onnx", "openvino", "paddle", "torch")
 EVALUATORS = ("imagenet", "coco", "retrieval", "imagenet_attr")
 PRECISIONS = ("fp32", "amp_bf16")
 SCHEDULES = ("constant", "ramp", "cosine")
+LOSSES = ("clip", "siglip")
+STRATEGIES = ("ddp", "fsdp")
 
 
 @dataclass
@@ -181,6 +183,24 @@ class OptimConfig:
 
 
 @dataclass
+class TowersConfig:
+    """Which weights are trained; words and meaning are those of open_clip's flags (open_clip_train/params.py)."""
+
+    lock_image: bool = False
+    """The image tower keeps its weights (LiT, arXiv:2111.07991)."""
+    lock_image_unlocked_groups: int = 0
+    """Last groups of its layers that are trained all the same."""
+    lock_image_freeze_bn_stats: bool = True
+    """Batch norm of the locked layers keeps its statistics too; with open_clip's default, false, they drift."""
+    lock_text: bool = False
+    """The text tower keeps its weights."""
+    lock_text_unlocked_layers: int = 0
+    """Last layers of it that are trained all the same."""
+    patch_dropout: float | None = None
+    """Share of a picture's patches that a ViT does not see in training (FLIP, arXiv:2212.00794); null: as the model's config says."""
+
+
+@dataclass
 class OrderConfig:
     """In which order samples come (:mod:`raysys.corpus.order`); the numbers of a run depend on all three."""
 
@@ -209,6 +229,17 @@ class LoopConfig:
     """``amp_bf16`` (GPU, and CPUs with AMX: 3.6 times faster) or ``fp32``."""
     channels_last: bool = True
     """Memory format of pictures and weights; convolutions are faster so."""
+    compile: bool = False
+    """torch.compile the model: a minute or more at the start, faster after on a GPU. Needs a C++ compiler."""
+    grad_checkpointing: bool = False
+    """Keep the inputs of a tower's blocks only and compute the rest anew going backward: less memory, a third more work."""
+    strategy: str = "ddp"
+    """``ddp``: every worker holds the whole model; ``fsdp``: weights, gradients and AdamW's state are cut in num_workers parts (FSDP2),
+    for models that do not fit."""
+    peak_tflops: float | None = None
+    """Most TFLOP/s of one worker's device in this precision, for the metric ``mfu``; null: from a table of GPUs, and no metric for others."""
+    validate_every: int | None = None
+    """Steps between two validations by ``evaluators``, each with a checkpoint; null: only after the last step."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     checkpoint_every: int = 200
@@ -218,7 +249,7 @@ class LoopConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
     keep_best: bool = True
-    """Also keep the one with the lowest mean training loss since the checkpoint before it."""
+    """Also keep the best: by validation (mean of the evaluators' first metrics), else by mean training loss since the checkpoint before."""
     decode_threads: int = 2
     """Threads of each worker that decode and augment; they share memory with the step, nothing is pickled."""
     read_threads: int = 4
@@ -232,6 +263,7 @@ class LoopConfig:
 FREE_LOOP_KEYS = (
     *("micro_batch", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_best"),
     *("decode_threads", "read_threads", "prefetch_batches", "max_failures"),
+    *("compile", "grad_checkpointing", "strategy", "peak_tflops", "validate_every"),
 )
 """Keys of LoopConfig that change speed and safety, not what is learnt: a run may be taken up with others."""
 
@@ -247,14 +279,19 @@ class TrainConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     model: str = MISSING
     """An open_clip name, a model of conf/models, a JSON config file, ``local-dir:DIR`` or a run folder."""
-    pretrained: str = "random"
-    """Start from: ``random``, an open_clip tag or a file."""
+    pretrained: str | None = None
+    """Start from: ``random``, an open_clip tag or a file; null: the weights of the model's folder where it is one, else random."""
+    loss: str = "clip"
+    """``clip``: softmax over the global batch (arXiv:2103.00020), or ``siglip``: a sigmoid for every pair (arXiv:2303.15343). Each worker
+    compares its rows with the whole batch, and gradients pass through the gathered features. Of open_clip's flags that is --local-loss
+    with --gather-with-grad; without the second the first trains wrongly, and the other two ways give the same for more work."""
     global_batch: int = 256
     """Samples of one step over all workers; CLIP contrasts within it."""
     num_workers: Any = 1
     """Training processes (one GPU each where ``use_gpu``), or ``[min,max]``: as many as the cluster has at the time. The global batch stays."""
     use_gpu: bool = False
     seed: int = 0
+    towers: TowersConfig = field(default_factory=TowersConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     order: OrderConfig = field(default_factory=OrderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
