@@ -1,6 +1,7 @@
 """The command line: words -> config -> verb -> exit status.
 
-In: ``raysys VERB key=value ...``. Out: 0 when the work is done, 2 and one line on stderr for a mistake in the words or the input.
+In: ``raysys VERB key=value ...``. Out: 0 when the work is done; 2 and one line on stderr for a mistake in the words or the input, 1 and
+one line for work that cannot end well (a training that diverges).
 Values of text keys (paths, model names) are taken to the letter; every other value is read by hydra's override grammar.
 """
 
@@ -23,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from raysys.config import VERBS, check, choices, config_dir
-from raysys.storage import UserError
+from raysys.config import VERBS, TrainConfig, check, choices, config_dir
+from raysys.storage import UserError, WorkFailed
 
 # Verb -> (module and function, what it does, an example); in the order of the pipeline.
 HELP: dict[str, tuple[str, str, str]] = {
@@ -140,7 +141,7 @@ def _groups(schema: type) -> list[str]:
 
 
 def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any:
-    """Defaults, then the chosen groups, then ``config=FILE``, then the words.
+    """Defaults, then the chosen groups, then ``experiment=NAME`` and ``config=FILE``, then the words.
 
     A group is chosen by a name of ``conf/`` or by a YAML file of its keys; either stands on the defaults of ``config.py``.
 
@@ -150,12 +151,13 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
     """
     schema = VERBS[verb]
     given = _read_words(verb, words)
-    file = given.pop("config", None)
-    merged = _read_yaml(f"config={file}", file, schema) if file else {}
+    files = {f"{key}={given[key]}": _file_of(key, given.pop(key), schema) for key in ("experiment", "config") if key in given}
+    merged = {word: _read_yaml(word, file, schema) for word, file in files.items()}
     groups = _groups(schema)
-    chosen = {key: given.pop(key) for key in list(given) if key in groups}
-    # A file may choose a group ("policy: paper"); words come after it.
-    chosen = {key: merged.pop(key) for key in list(merged) if key in groups and isinstance(merged[key], str)} | chosen
+    chosen: dict[str, str] = {}
+    for keys in merged.values():  # a file may choose a group ("policy: paper"); words come after it
+        chosen |= {key: keys.pop(key) for key in list(keys) if key in groups and isinstance(keys[key], str)}
+    chosen |= {key: given.pop(key) for key in list(given) if key in groups}
     own = {group: _read_group(group, name, schema) for group, name in chosen.items() if _is_file(name)}
     for group, name in chosen.items():
         if group not in own and name not in choices(group):
@@ -174,7 +176,8 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
             OmegaConf.set_struct(cfg.corpus.sources, False)  # its names are the user's
         for group, keys in own.items():
             cfg = _merge(cfg, {group: keys}, f"{group}={chosen[group]}")
-        cfg = _merge(cfg, merged, f"config={file}")
+        for word, keys in merged.items():
+            cfg = _merge(cfg, keys, word)
         for key, raw in given.items():
             _make_named(cfg, schema, key)
             OmegaConf.update(cfg, key, _value(key, raw, _type_of(schema, key)))
@@ -191,6 +194,22 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
     except ValueError as error:
         raise UserError(str(error)) from error
     return result
+
+
+def _file_of(key: str, value: str, schema: type) -> str:
+    """The YAML that ``config=FILE`` or ``experiment=NAME`` names. :raises UserError: for an experiment that is not there."""
+    if key == "config":
+        return value
+    names = _experiments(schema)
+    if value not in names:
+        known = f"choose from {', '.join(names)}" if names else "only train and sweep have experiments"
+        raise UserError(f"experiment={value} is not there; {known}")
+    return str(Path(config_dir()) / "experiment" / f"{value}.yaml")
+
+
+def _experiments(schema: type) -> list[str]:
+    """Recipes of conf/experiment; all are of keys of train."""
+    return choices("experiment") if issubclass(schema, TrainConfig) else []
 
 
 def _make_named(cfg: DictConfig, schema: type, key: str) -> None:
@@ -268,6 +287,8 @@ def _verb_help(verb: str, words: list[str]) -> str:
     text = f"raysys {verb}: {what}\n\nexample: {example}\n"
     if groups:
         text += f"\nchoices (group=one of these, or a YAML file of its keys: {_groups(VERBS[verb])[0]}=my.yaml):\n{groups}\n"
+    if _experiments(VERBS[verb]):
+        text += f"  experiment={','.join(_experiments(VERBS[verb]))}: a whole recipe; words come after it\n"
     text += "  config=FILE merges a YAML file between the defaults and the words\n"
     return text + f"\nkeys and defaults (??? must be given; docs in raysys/config.py):\n{_yaml(verb, words)}"
 
@@ -318,6 +339,9 @@ def main() -> None:
         message = " ".join(str(cause).split())
         print(f"{name}: {message}", file=sys.stderr)
         sys.exit(2)
+    except WorkFailed as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # of `raysys ... | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -269,8 +269,44 @@ FREE_LOOP_KEYS = (
 
 
 @dataclass
-class TrainConfig:
+class ClassSetConfig:
+    """A labelled set for zero-shot classification."""
+
+    path: str | None = None
+    """Folder with one folder of pictures a class (WNIDs for ImageNet), or what ``raysys attack`` wrote."""
+    classes: str | None = None
+    """JSON file {folder name: class name}; null is ImageNet's 1,000."""
+    templates: str = "openai"
+    """``openai`` (80 templates), ``simple`` ("a photo of a {}.") or a text file, one template with {} a line."""
+
+
+@dataclass
+class RetrievalSetConfig:
+    path: str | None = None
+    """A WebDataset tar (captions in .json ``captions`` or .txt, one a line) or COCO's folder (annotations/captions_val2017.json)."""
+
+
+@dataclass
+class QuestionsConfig:
+    """What a model is asked, and where the pictures are."""
+
+    evaluators: list[str] = MISSING
+    """Some of imagenet, coco, retrieval, imagenet_attr."""
+    imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
+    imagenet_attr: ClassSetConfig = field(default_factory=ClassSetConfig)
+    coco: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
+    retrieval: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
+    batch_size: int = 64
+    """Pictures that the evaluator takes at once."""
+    num_gpus: float = 0.0
+    """Share of a GPU for the evaluator."""
+
+
+@dataclass
+class TrainConfig(QuestionsConfig):
     output: str = MISSING
+    evaluators: list[str] = field(default_factory=list)
+    """Asked after the last step, and every ``train.validate_every`` steps, by an evaluator that works beside the training."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     annotations: str | None = None
     """Annotations of the corpus; with ``policy`` they decide what is kept."""
@@ -332,24 +368,6 @@ class FilterConfig:
 
 
 @dataclass
-class ClassSetConfig:
-    """A labelled set for zero-shot classification."""
-
-    path: str | None = None
-    """Folder with one folder of pictures a class (WNIDs for ImageNet), or what ``raysys attack`` wrote."""
-    classes: str | None = None
-    """JSON file {folder name: class name}; null is ImageNet's 1,000."""
-    templates: str = "openai"
-    """``openai`` (80 templates), ``simple`` ("a photo of a {}.") or a text file, one template with {} a line."""
-
-
-@dataclass
-class RetrievalSetConfig:
-    path: str | None = None
-    """A WebDataset tar (captions in .json ``captions`` or .txt, one a line) or COCO's folder (annotations/captions_val2017.json)."""
-
-
-@dataclass
 class AttackSettings:
     classes: str = MISSING
     """JSON file {"written_class": [index for each class]} or the word ``random`` (drawn from ``seed``). Never chosen silently."""
@@ -372,21 +390,6 @@ class AttackConfig:
 
 
 @dataclass
-class QuestionsConfig:
-    """What a model is asked, and where the pictures are."""
-
-    evaluators: list[str] = MISSING
-    """Some of imagenet, coco, retrieval, imagenet_attr."""
-    imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
-    imagenet_attr: ClassSetConfig = field(default_factory=ClassSetConfig)
-    coco: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
-    retrieval: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
-    batch_size: int = 64
-    num_gpus: float = 0.0
-    """Share of a GPU for the evaluator."""
-
-
-@dataclass
 class EvaluateConfig(QuestionsConfig):
     output: str = MISSING
     model: str = MISSING
@@ -396,9 +399,11 @@ class EvaluateConfig(QuestionsConfig):
 
 
 @dataclass
-class SweepConfig(QuestionsConfig, TrainConfig):
-    """One evaluator serves all trials."""
+class SweepConfig(TrainConfig):
+    """One evaluator serves all trials, each at its end."""
 
+    evaluators: list[str] = MISSING
+    """Some of imagenet, coco, retrieval, imagenet_attr."""
     space: str = MISSING
     """Name in conf/space or a YAML file: dotted key of the train config -> list of values."""
     num_samples: int = 1
@@ -512,14 +517,16 @@ def check_recipe(cfg: TrainConfig | DemoConfig) -> None:
     loop = cfg.train
     _require(loop.steps is not None or loop.samples_seen is not None, "missing: train.steps=... or train.samples_seen=...")
     _require(loop.steps is None or loop.samples_seen is None, "train.steps and train.samples_seen are both given; leave one out")
-    for key in ("steps", "samples_seen", "micro_batch", "checkpoint_minutes"):
+    for key in ("steps", "samples_seen", "micro_batch", "checkpoint_minutes", "peak_tflops", "validate_every"):
         if getattr(loop, key) is not None:
             _positive(f"train.{key}", getattr(loop, key))
     for key in ("log_every", "checkpoint_every", "keep_checkpoints", "decode_threads", "read_threads", "prefetch_batches"):
         _positive(f"train.{key}", getattr(loop, key))
-    _one_of("train.precision", cfg.train.precision, PRECISIONS)
-    for key in ("lr", "eps"):
-        _positive(f"optim.{key}", getattr(cfg.optim, key))
+    _one_of("train.precision", loop.precision, PRECISIONS)
+    _one_of("train.strategy", loop.strategy, STRATEGIES)
+    for key in ("lr", "eps", "grad_clip_norm"):
+        if getattr(cfg.optim, key) is not None:
+            _positive(f"optim.{key}", getattr(cfg.optim, key))
     for key in ("weight_decay", "warmup_steps"):
         _require(getattr(cfg.optim, key) >= 0, f"optim.{key}={getattr(cfg.optim, key)} must not be negative")
     check_augment(cfg.augment)
@@ -534,6 +541,7 @@ def check_workers(cfg: TrainConfig | DemoConfig) -> None:
     if isinstance(workers, list):
         whole = len(workers) == 2 and all(type(n) is int for n in workers) and 1 <= workers[0] <= workers[1]
         _require(whole, f"num_workers={workers} must be a number or [min,max]")
+        _require(cfg.train.strategy == "ddp", f"num_workers={workers}: train.strategy=fsdp needs a fixed number of workers")
         most = min(batch, lanes)
         _require(workers[1] <= most, f"num_workers={workers}: at most {most}, as global_batch={batch} and order.lanes={lanes}")
         return
@@ -550,8 +558,16 @@ def check_order(order: OrderConfig) -> None:
         _positive(f"order.{key}", getattr(order, key))
 
 
+def check_towers(towers: TowersConfig) -> None:
+    for what, key in (("image", "lock_image_unlocked_groups"), ("text", "lock_text_unlocked_layers")):
+        unlocked = getattr(towers, key)
+        _require(unlocked >= 0, f"towers.{key}={unlocked} must not be negative")
+        _require(unlocked == 0 or getattr(towers, f"lock_{what}"), f"towers.{key}={unlocked} needs towers.lock_{what}=true")
+    dropout = towers.patch_dropout
+    _require(dropout is None or 0 <= dropout < 1, f"towers.patch_dropout={dropout} must be at least 0 and less than 1")
+
+
 def check_evaluators(cfg: QuestionsConfig) -> None:
-    _require(len(cfg.evaluators) > 0, f"evaluators is empty; choose from {', '.join(EVALUATORS)}")
     for name in cfg.evaluators:
         _one_of("evaluators", name, EVALUATORS)
         _require(getattr(cfg, name).path is not None, f"evaluator {name} needs {name}.path=...")
@@ -580,12 +596,20 @@ def check(cfg: Any) -> None:
     if isinstance(cfg, TrainConfig | DemoConfig):
         check_recipe(cfg)
     if isinstance(cfg, QuestionsConfig):
+        needed = isinstance(cfg, EvaluateConfig | SweepConfig)
+        _require(len(cfg.evaluators) > 0 or not needed, f"evaluators is empty; choose from {', '.join(EVALUATORS)}")
         check_evaluators(cfg)
     if isinstance(cfg, TrainConfig):
+        _one_of("loss", cfg.loss, LOSSES)
+        check_towers(cfg.towers)
         _require(
             cfg.annotations is None or cfg.selection is None,
             "annotations and selection are both given; a selection knows its annotations, leave one out",
         )
+    if isinstance(cfg, TrainConfig | DemoConfig) and cfg.train.validate_every is not None:
+        trains = isinstance(cfg, TrainConfig) and not isinstance(cfg, SweepConfig)
+        _require(trains, "train.validate_every is for raysys train; sweep and demo evaluate a model when it is trained")
+        _require(isinstance(cfg, TrainConfig) and len(cfg.evaluators) > 0, "train.validate_every needs evaluators=[...]")
     if isinstance(cfg, SweepConfig):
         _positive("num_samples", cfg.num_samples)
         _positive("max_concurrent", cfg.max_concurrent)

@@ -15,11 +15,12 @@ import pickle
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -49,6 +50,8 @@ from raysys.storage import (
 RANDOM = "random"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+HF_TOWER = "hf_text_tower"
+"""Folder within an open_clip folder: the configuration of a text tower of Hugging Face, which open_clip knows by name only."""
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
 _CONFIG_KEYS = ("embed_dim", "vision_cfg", "text_cfg")
 _UNREADABLE = (OSError, EOFError, AttributeError, pickle.UnpicklingError, safetensors.SafetensorError)
@@ -111,13 +114,18 @@ def portable(spec: str, pretrained: str | None) -> tuple[str, str | None]:
     return spec, pretrained
 
 
+def has_own_weights(spec: str) -> bool:
+    """Whether the spec is a folder or a repository with weights. :raises UserError: as :func:`model_config`."""
+    return _look_up(spec).folder is not None or spec.startswith("hf-hub:")
+
+
 def check_model(spec: str, pretrained: str | None) -> None:
     """Refuse a model that cannot be loaded, before anything is built or fetched.
 
     :raises UserError: for an unknown name, or where the weights are neither said nor there.
     """
-    source, tags = _look_up(spec), _tags(spec)
-    if pretrained is None and source.folder is None and not spec.startswith("hf-hub:"):
+    own, tags = has_own_weights(spec), _tags(spec)
+    if pretrained is None and not own:
         known = f" ({', '.join(tags[:3])}, ...)" if tags else ""
         raise UserError(
             f"model={mask(spec)} has no weights of its own; give pretrained=TAG{known}, pretrained=FILE or pretrained=random"
@@ -135,21 +143,39 @@ def _tags(spec: str) -> list[str]:
     return open_clip.list_pretrained_tags_by_model(spec) if spec in open_clip.list_models() else []
 
 
-def load_model(spec: str, pretrained: str | None, *, device: str = "cpu") -> LoadedModel:
+def load_model(
+    spec: str,
+    pretrained: str | None,
+    *,
+    device: str = "cpu",
+    patch_dropout: float | None = None,
+    init: Mapping[str, float] = MappingProxyType({}),
+) -> LoadedModel:
     """Build a model and load its weights (``weights_only``).
 
     :param pretrained: open_clip's tag, a file, or ``random``. None takes a folder's own weights; with a word or a file, a
         folder gives the architecture only.
+    :param patch_dropout: of the built model only, in place of the config's; None leaves it.
+    :param init: ``init_logit_scale`` and ``init_logit_bias`` that the config gets where it names none.
     :raises UserError: for an unknown name, missing or unfit weights, or a download that fails.
     """
     check_model(spec, pretrained)
     source = _look_up(spec)
+    how: dict[str, Any] = {"device": device, "pretrained_image": False, "pretrained_text": False}
+    how["force_patch_dropout"] = patch_dropout
+    for key, value in init.items():
+        how[key] = source.config.setdefault(key, value)
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
-        folder = f"local-dir:{stack.enter_context(_local_copy(source.folder))}" if source.folder else None
+        stack.enter_context(quiet())
+        folder = None
+        if source.folder:
+            local = stack.enter_context(_local_copy(source.folder, weights=pretrained is None))
+            folder = f"local-dir:{local}"
+            if os.path.isdir(os.path.join(local, HF_TOWER)):
+                text_cfg = {"hf_model_name": os.path.join(local, HF_TOWER), "hf_model_pretrained": False}
+                how["text_cfg"] = source.config["text_cfg"] | text_cfg
         name = source.builtin or _register(source.config)
-        tokenizer = _tokenizer(spec if spec.startswith("hf-hub:") else folder or name)
-        how: dict[str, Any] = {"device": device, "pretrained_image": False, "pretrained_text": False}
+        tokenizer = _tokenizer(spec, spec if spec.startswith("hf-hub:") else folder or name)
         if pretrained is None and folder:
             model = _build(spec, folder, require_pretrained=True, **how)
         elif pretrained is None:
@@ -172,15 +198,19 @@ def load_model(spec: str, pretrained: str | None, *, device: str = "cpu") -> Loa
     return LoadedModel(model.eval(), preprocess, tokenizer, deepcopy(source.config), preprocess_cfg, source.name, where)
 
 
-def save_open_clip_folder(
-    folder: str, *, config: dict[str, Any], preprocess_cfg: dict[str, Any], state_dict: dict[str, torch.Tensor]
-) -> None:
-    """Write a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads, offline.
+def save_open_clip_folder(folder: str, loaded: LoadedModel, *, state_dict: dict[str, torch.Tensor], card: str) -> None:
+    """Write a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` and ``open_clip.get_tokenizer`` load, offline.
 
-    Weights first, config last, each whole or not at all: a folder with a config is complete. A text tower of Hugging Face also
-    needs its tokenizer's files there; they are not written.
+    Weights first, config last, each whole or not at all: a folder with a config is complete. Between them the tokenizer's files, where
+    it is one of Hugging Face. A text tower of Hugging Face open_clip builds from ``AutoConfig.from_pretrained(hf_model_name)``: offline
+    that takes hf_model_name to be a folder, or in the hub's cache (its config.json alone, no weights). Its configuration is written
+    into :data:`HF_TOWER`, from which raysys always loads it, and open_clip with ``create_model("local-dir:FOLDER", text_cfg={...})``,
+    the config's text_cfg with hf_model_name=FOLDER/hf_text_tower.
+
+    :param loaded: as :func:`load_model` gave it; its model says what the tower is, its weights are not taken.
+    :param card: Markdown, written as README.md.
     """
-    config = deepcopy(config)
+    config = deepcopy(loaded.config)
     if "timm_model_name" in config["vision_cfg"]:
         config["vision_cfg"]["timm_model_pretrained"] = False  # else a reader of the config may try the hub
     if "hf_model_name" in config["text_cfg"]:
@@ -188,7 +218,22 @@ def save_open_clip_folder(
     # safetensors refuses tensors that share memory (tied weights): every one gets its own
     weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
     write_bytes(join(folder, WEIGHTS_FILE), safetensors.torch.save(weights))
-    write_json(join(folder, CONFIG_FILE), {"model_cfg": config, "preprocess_cfg": preprocess_cfg})
+    for name, content in _hugging_face_files(loaded).items():
+        write_bytes(join(folder, name), content)
+    write_bytes(join(folder, "README.md"), card.encode())
+    write_json(join(folder, CONFIG_FILE), {"model_cfg": config, "preprocess_cfg": loaded.preprocess_cfg})
+
+
+def _hugging_face_files(loaded: LoadedModel) -> dict[str, bytes]:
+    """Names in the folder -> contents, of what open_clip takes from Hugging Face; nothing for open_clip's own towers and tokenizer."""
+    text_cfg, model = loaded.config["text_cfg"], loaded.model
+    with tempfile.TemporaryDirectory() as scratch:
+        if text_cfg.get("hf_tokenizer_name"):
+            loaded.tokenizer.save_pretrained(scratch)
+        if text_cfg.get("hf_model_name"):
+            model.text.config.save_pretrained(os.path.join(scratch, HF_TOWER))  # type: ignore[union-attr,operator]
+        files = (path for path in Path(scratch).rglob("*") if path.is_file())
+        return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in files}
 
 
 def _look_up(spec: str) -> _Source:
@@ -293,31 +338,43 @@ def _hub_config(spec: str) -> dict[str, Any]:
         raise UserError(f"model={spec} cannot be downloaded ({first}); copy the folder and give model=local-dir:DIR") from error
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(spec: str, name: str) -> Any:
+    why = f"model={mask(spec)}: its tokenizer comes from Hugging Face"
     try:
         with _no_waiting_offline():
             return open_clip.get_tokenizer(name)
-    except (ImportError, RuntimeError, OSError, AssertionError) as error:
+    except ImportError as error:
+        raise UserError(f"{why}; pip install 'raysys[hf]'") from error
+    except (RuntimeError, OSError, AssertionError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
-        why = f"its tokenizer comes from Hugging Face and cannot be had ({first})"
-        raise UserError(f"model={name}: {why}; pip install transformers") from error
+        mend = (
+            "on a machine without network fetch its files elsewhere, and give their folder, an absolute path, as hf_tokenizer_name"
+        )
+        raise UserError(f"{why} and cannot be had ({first}); {mend}") from error
 
 
 @contextmanager
-def _local_copy(path: str) -> Iterator[str]:
-    """A path that open_clip, which only opens local files, can read; what lies elsewhere is fetched for the time being."""
+def _local_copy(path: str, *, weights: bool = True) -> Iterator[str]:
+    """A path that open_clip, which only opens local files, can read; what lies elsewhere is fetched for the time being.
+
+    :param weights: fetch a folder's weights too.
+    """
     if is_local(path):
         yield os.path.abspath(open_fs(path)[1])
         return
     fs, inner = open_fs(path)
     with tempfile.TemporaryDirectory() as scratch:
         target = os.path.join(scratch, _last_part(path))
-        fs.get(inner, target, recursive=fs.isdir(inner))
+        if weights or not fs.isdir(inner):
+            fs.get(inner, target, recursive=fs.isdir(inner))
+        else:
+            files = [file for file in fs.find(inner) if not file.endswith(_WEIGHTS_SUFFIXES)]
+            fs.get(files, [os.path.join(target, os.path.relpath(file, inner)) for file in files])
         yield target
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """open_clip and the hub log what we raise or intend."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

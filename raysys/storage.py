@@ -44,6 +44,10 @@ class UserError(ValueError):
     """A mistake in the words or the input: one line that names it and the mend; the command exits with status 2."""
 
 
+class WorkFailed(RuntimeError):
+    """The words were good, the work cannot end well: one line that says what happened and what may help; the command exits with status 1."""
+
+
 def open_fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Filesystem of a path or URL, and the path within it (absolute for local ones).
 

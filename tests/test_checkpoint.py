@@ -152,7 +152,7 @@ def tensors_of(state: Any) -> list[torch.Tensor]:
 def test_a_run_goes_on_from_the_state_at_the_time_of_the_call_exactly(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained_state()
     writer, gate = writer_of(RunLock.take(run).attempt()), Gate(monkeypatch)
-    writer.save(1, {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, loss=2.5)
+    writer.save(1, {"step": 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, loss=2.5)
     assert gate.reached.wait(30)
     assert steps_there(run) == []  # save has returned, and nothing is written
     train(model, optimizer)  # in place, while the thread writes
@@ -164,11 +164,11 @@ def test_a_run_goes_on_from_the_state_at_the_time_of_the_call_exactly(run: str, 
     assert state is not None and state["step"] == 1
     again, its_optimizer = trained_state()
     saved = tensors_of([again.state_dict(), its_optimizer.state_dict()])
-    loaded = tensors_of([state["model"], state["optimizer"]])
+    loaded = tensors_of([state["state_dict"], state["optimizer"]])
     assert len(saved) == len(loaded) == 7 + 4 * 3
     for a, b in zip(saved, loaded, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype
-    again.load_state_dict(state["model"])
+    again.load_state_dict(state["state_dict"])
     its_optimizer.load_state_dict(state["optimizer"])
     train(again, its_optimizer)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
@@ -176,6 +176,7 @@ def test_a_run_goes_on_from_the_state_at_the_time_of_the_call_exactly(run: str, 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is false: no CUDA device here")
 def test_tensors_of_a_gpu_are_those_at_the_time_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, gate = writer_of(RunLock.take(str(tmp_path)).attempt()), Gate(monkeypatch)
     weights = [torch.full((4096, 4096), float(i), device="cuda") for i in range(8)]
@@ -200,7 +201,7 @@ def test_a_view_is_saved_without_the_rest_of_its_storage(run: str) -> None:
 def test_what_could_not_be_loaded_again_is_refused_when_it_is_saved(tmp_path: Path, value: Any) -> None:
     writer = writer_of(RunLock.take(str(tmp_path)).attempt())
     with pytest.raises(TypeError, match=type(value).__name__):
-        writer.save(1, {"model": {"a": [torch.zeros(1), value]}}, loss=1.0)
+        writer.save(1, {"state_dict": {"a": [torch.zeros(1), value]}}, loss=1.0)
 
 
 def broken_files() -> dict[str, bytes]:
@@ -272,6 +273,22 @@ def test_a_best_one_of_no_numbers_is_none(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(writer, step, loss=math.nan)
     assert steps_there(str(tmp_path)) == [3]
+
+
+def test_the_best_is_that_of_the_validation_where_there_is_one(tmp_path: Path) -> None:
+    """Losses fall all the time; scores come a step late, and a checkpoint stays while its score is awaited."""
+    run, scores = str(tmp_path), dict[int, float | None]()
+    owner = RunLock.take(run).attempt()
+    writer = CheckpointWriter(run, owner, keep=1, keep_best=True, scores=scores)
+    there, answers = [], [0.3, 0.1, 0.5, 0.2]
+    for step in range(1, 5):
+        save(writer, step, loss=1 / step)
+        there.append(steps_there(run))
+        scores |= {step - 1: answers[step - 2], step: None} if step > 1 else {step: None}
+    assert there == [[1], [1, 2], [1, 2, 3], [1, 3, 4]]  # 2 is worse than 1; 3 was asked about when 4 came
+    scores[3], scores[4] = 0.5, 0.2
+    writer.close()
+    assert steps_there(run) == [3, 4]
 
 
 def test_what_killed_writers_left_is_no_checkpoint_and_goes_when_it_is_older_than_the_newest(run: str) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from raysys.cli import HELP, compose_config
-from raysys.config import VERBS, AugmentConfig, LookConfig, OcrConfig, PolicyConfig
+from raysys.config import VERBS, AugmentConfig, LookConfig, OcrConfig, PolicyConfig, choices
 from raysys.storage import UserError
+from raysys.training.model import check_training_model
 
 Cli = Callable[..., tuple[int, str, str]]
+TRAIN = ["train", "corpus.path=x", "output=y", "model=z", "train.steps=10"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,16 @@ Cli = Callable[..., tuple[int, str, str]]
         (["train", "corpus.path=x", "output=y", "model=z", "train.steps=0"], "train.steps=0 must be greater than 0"),
         (["train", "corpus.path=x", "output=y", "model=z", "train.steps=9", "augment.factor=-1"], "augment.factor=-1"),
         (["train", "corpus.path=x", "output=y", "model=z", "train.steps=9", "annotations=a", "selection=s"], "both given"),
+        ([*TRAIN, "loss=sigmoid"], "loss=sigmoid is not one of clip, siglip"),
+        ([*TRAIN, "towers.lock_image_unlocked_groups=1"], "needs towers.lock_image=true"),
+        ([*TRAIN, "towers.patch_dropout=1"], "towers.patch_dropout=1.0 must be at least 0 and less than 1"),
+        ([*TRAIN, "train.strategy=zero"], "train.strategy=zero is not one of ddp, fsdp"),
+        ([*TRAIN, "train.strategy=fsdp", "num_workers=[1,2]"], "train.strategy=fsdp needs a fixed number of workers"),
+        ([*TRAIN, "train.validate_every=5"], "train.validate_every needs evaluators=[...]"),
+        ([*TRAIN, "evaluators=[retrieval]"], "evaluator retrieval needs retrieval.path=..."),
+        ([*TRAIN, "optim.grad_clip_norm=0"], "optim.grad_clip_norm=0.0 must be greater than 0"),
+        (["train", "experiment=paper", "corpus.path=x", "output=y"], "experiment=paper is not there; choose from cpu_smoke, "),
+        (["annotate", "experiment=cpu_smoke", "corpus.path=x", "output=y"], "only train and sweep have experiments"),
         (["train", "config=/no/file.yaml"], "config=/no/file.yaml: no such file"),
         (["filter", "annotations=/nowhere", "output=y"], "not a folder that `raysys annotate` wrote"),
         (["evaluate", "model=z", "output=y", "evaluators=[imagenet]"], "imagenet.path"),
@@ -66,6 +78,33 @@ def test_text_is_taken_to_the_letter() -> None:
     cfg = compose_config("annotate", [f"corpus.path={path}", "output=1e3"])
     assert cfg.corpus.path == path
     assert cfg.output == "1e3"
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_is_a_whole_recipe(name: str) -> None:
+    cfg = compose_config("train", [f"experiment={name}", "corpus.path=c", "output=o"])
+    assert cfg.num_steps > 0 and cfg.pretrained == "random"
+    check_training_model(cfg)
+
+
+def test_datacomp_recipes_are_datacomps() -> None:
+    """facts: small 12.8M samples seen, 4096/5e-4/500/B-32; medium 128M, same; large 1.28B, 8192/5e-4/500/B-16."""
+    found = {}
+    for scale in ("small", "medium", "large"):
+        cfg = compose_config("train", [f"experiment=datacomp_{scale}", "corpus.path=c", "output=o"])
+        found[scale] = (cfg.train.samples_seen, cfg.global_batch, cfg.optim.lr, cfg.optim.warmup_steps, cfg.model)
+    assert found == {
+        "small": (12_800_000, 4096, 5e-4, 500, "ViT-B-32"),
+        "medium": (128_000_000, 4096, 5e-4, 500, "ViT-B-32"),
+        "large": (1_280_000_000, 8192, 5e-4, 500, "ViT-B-16"),
+    }
+
+
+def test_words_beat_a_config_file_and_that_beats_an_experiment(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 0.1, warmup_steps: 7}\npolicy: area\n")
+    cfg = compose_config("train", [f"config={file}", "optim.lr=0.2", "experiment=paper_b16", "corpus.path=c", "output=o"])
+    assert (cfg.optim.lr, cfg.optim.warmup_steps, cfg.policy.name, cfg.global_batch) == (0.2, 7, "area", 32768)
 
 
 def test_config_file_stands_between_defaults_and_words(tmp_path: Path) -> None:

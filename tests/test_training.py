@@ -26,10 +26,11 @@ from raysys.training.ingest import BatchReader
 from raysys.training.lock import RunLock
 from raysys.training.loop import Host, run_worker
 from raysys.training.metrics import read_metrics
+from raysys.training.model import training_model
+from raysys.training.optimizer import learning_rate
 from raysys.training.samples import check_evidence, choose_samples, order_of
-from raysys.training.step import learning_rate
 
-LOCAL = Host(rank=0, world_size=1, device=torch.device("cpu"), say=print)
+LOCAL = Host(rank=0, world_size=1, device=torch.device("cpu"), say=print, validator=None)
 
 
 def config(tmp_path: Path, corpus: Path, model: str, **more: Any) -> TrainConfig:
@@ -321,8 +322,20 @@ def test_the_open_clip_folder_is_the_last_checkpoint(tmp_path: Path, plain_corpu
     state = checkpoint.load_newest(cfg.output)
     assert state is not None and state["step"] == 8
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state["model"][name]), name
+        assert torch.equal(tensor, state["state_dict"][name]), name
     assert preprocess is not None
+
+
+def test_any_checkpoint_is_a_start_and_open_clip_loads_it(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
+    cfg = config(tmp_path, plain_corpus, tiny_model)
+    train_alone(cfg)
+    file = f"{cfg.output}/checkpoints/step-6/state.pt"
+    weights = checkpoint.load(cfg.output, 6)["state_dict"]
+    open_clip.add_model_config(tiny_model)
+    theirs = open_clip.create_model("tiny", pretrained=file)
+    ours = training_model(replace(cfg, pretrained=file)).model
+    for model in (theirs, ours):
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_run_on_an_object_store_has_the_losses_of_a_local_one(
@@ -340,4 +353,4 @@ def test_a_run_on_an_object_store_has_the_losses_of_a_local_one(
     assert checkpoint.steps_there(away.output)[-2:] == [6, 8]
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{local.output}/open_clip")
     state = checkpoint.load_newest(away.output)
-    assert state is not None and all(torch.equal(tensor, state["model"][name]) for name, tensor in model.state_dict().items())
+    assert state is not None and all(torch.equal(tensor, state["state_dict"][name]) for name, tensor in model.state_dict().items())

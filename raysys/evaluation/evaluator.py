@@ -80,7 +80,15 @@ class Evaluator:
 
     def steps(self, model: str, pretrained: str | None, names: Sequence[str]) -> Iterator[Step | SetResult]:
         """The same set by set, with steps for a line of progress in between."""
-        loaded = load_model(model, pretrained, device=self._device)
+        yield from self._ask(load_model(model, pretrained, device=self._device), names)
+
+    def evaluate_loaded(self, loaded: LoadedModel) -> dict[str, dict[str, float]]:
+        """Metrics on every set of a model that somebody else has built; it is moved to the evaluator's device."""
+        loaded.model.to(self._device).eval()
+        results = (item for item in self._ask(loaded, list(self._configs)) if isinstance(item, SetResult))
+        return {result.evaluator: result.metrics for result in results}
+
+    def _ask(self, loaded: LoadedModel, names: Sequence[str]) -> Iterator[Step | SetResult]:
         classifiers: dict[str, torch.Tensor] = {}  # clean and attacked sets ask the same prompts: encoded once a model
         for name in names:
             if name not in self._sets:
@@ -88,28 +96,28 @@ class Evaluator:
             a_set = self._sets[name]
             yield from self._decode(name, a_set.pictures, loaded)
             image_ND = yield from self._gather(
-                Step(name, "pictures", 0, len(a_set.pictures)), self._encode_images(name, loaded), model
+                Step(name, "pictures", 0, len(a_set.pictures)), self._encode_images(name, loaded), loaded
             )
             if isinstance(a_set, ClassSet):
                 key = fingerprint([a_set.class_names, a_set.templates])
                 if key not in classifiers:
                     begin = Step(name, "classes", 0, len(a_set.class_names))
-                    classifiers[key] = yield from self._gather(begin, self._encode_classes(a_set, loaded), model)
+                    classifiers[key] = yield from self._gather(begin, self._encode_classes(a_set, loaded), loaded)
                 yield _classify(name, a_set, image_ND, classifiers[key])
             else:
                 begin = Step(name, "captions", 0, len(a_set.captions))
-                text_TD = yield from self._gather(begin, self._encode_captions(a_set, loaded), model)
+                text_TD = yield from self._gather(begin, self._encode_captions(a_set, loaded), loaded)
                 yield _retrieve(name, a_set, image_ND, text_TD)
 
     @staticmethod
-    def _gather(begin: Step, batches: Iterator[torch.Tensor], model: str) -> Generator[Step, None, torch.Tensor]:
+    def _gather(begin: Step, batches: Iterator[torch.Tensor], loaded: LoadedModel) -> Generator[Step, None, torch.Tensor]:
         """Batches [B, D] -> [total, D], a step for each."""
         yield begin
         gathered = []
         for batch in batches:
             if not batch.isfinite().all():
                 why = "its training diverged, or its weights are damaged"
-                raise UserError(f"model={mask(model)} gives embeddings that are not finite; {why}")
+                raise UserError(f"model={mask(loaded.name)} gives embeddings that are not finite; {why}")
             gathered.append(batch)
             yield replace(begin, done=len(batch))
         return torch.cat(gathered)

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from raysys.config import AttackConfig, AttackSettings, EvaluateConfig, Question
 from raysys.evaluation.attack import RANDOM, attack_table, choose_written, draw_attack, font_file, to_jpeg
 from raysys.evaluation.datasets import ATTACK_FILE, CLASSES_FILE, Picture, open_picture, read_class_set
 from raysys.evaluation.evaluator import ATTACKED, Evaluator, SetConfig, SetResult, Step, acc1_drop, read_set
-from raysys.models import check_model, model_name, portable
+from raysys.models import LoadedModel, check_model, model_name, portable
 from raysys.progress import Progress
 from raysys.storage import (
     Output,
@@ -95,6 +96,10 @@ def _attack_folder(pictures: list[tuple[Picture, str, str]], settings: AttackSet
     return len(pictures)
 
 
+SERVICE_CPUS = 0.1
+"""Of a service beside workers: below what they leave of a core (they ask for .9 each), so that it fits on the machine that they fill."""
+
+
 @ray.remote
 class EvaluatorService:
     """An :class:`Evaluator` behind an actor; ``.options(num_cpus=..., num_gpus=...)`` says what it may use."""
@@ -110,6 +115,12 @@ class EvaluatorService:
     def evaluate(self, model: str, pretrained: str | None = None) -> dict[str, dict[str, float]]:
         """Metrics of every set."""
         return self._evaluator.evaluate(model, pretrained)
+
+    def evaluate_weights(self, blueprint: LoadedModel, weights: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+        """Metrics of every set, of a model that is being trained: its architecture, and the weights as they are now."""
+        blueprint = deepcopy(blueprint)  # what comes from Ray's object store is read-only
+        blueprint.model.load_state_dict(weights)
+        return self._evaluator.evaluate_loaded(blueprint)
 
     def steps(self, model: str, pretrained: str | None, names: Sequence[str]) -> Iterator[Step | SetResult]:
         """Progress and results as they come; call with ``num_returns="streaming"``."""

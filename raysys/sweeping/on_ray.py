@@ -22,12 +22,13 @@ from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import SweepConfig, TrainConfig
 from raysys.corpus.shards import absolute_corpus, open_corpus
 from raysys.evaluation.evaluator import PRIMARY, SetConfig
-from raysys.evaluation.on_ray import EvaluatorService, evaluator_sets
-from raysys.models import check_model, portable
+from raysys.evaluation.on_ray import SERVICE_CPUS, EvaluatorService, evaluator_sets
+from raysys.models import portable
 from raysys.progress import Progress
 from raysys.storage import (
     Output,
     UserError,
+    WorkFailed,
     absolute,
     exists,
     is_local,
@@ -39,13 +40,12 @@ from raysys.storage import (
     write_json,
 )
 from raysys.sweeping.space import Point, at_point, pareto_front, points_of, read_space
+from raysys.training.model import check_training_model
 from raysys.training.on_ray import CPUS_PER_WORKER, train_run
 from raysys.training.samples import check_evidence
 
 TRIAL_CPUS = 0.01
 """A trial's driver only waits; Tune refuses 0."""
-SERVICE_CPUS = 0.1
-"""The evaluators work while a trial's workers rest."""
 
 
 def sweep(cfg: SweepConfig) -> None:
@@ -58,7 +58,7 @@ def sweep(cfg: SweepConfig) -> None:
         at_point(base, point, "")
     check_evidence(base)
     open_corpus(base.corpus)
-    check_model(base.model, base.pretrained)
+    check_training_model(base)
     sets = evaluator_sets(cfg)
     output = open_output(cfg.output, "sweep", settings_of(cfg, "max_concurrent") | {"space": space})
     todo = [p for p in points if _row(output, p)["status"] != "finished"]
@@ -81,7 +81,7 @@ def _train_config(cfg: SweepConfig) -> TrainConfig:
     base.annotations = absolute(cfg.annotations) if cfg.annotations else None
     base.selection = absolute(cfg.selection) if cfg.selection else None
     model, pretrained = portable(cfg.model, cfg.pretrained)
-    return replace(base, model=model, pretrained=pretrained or cfg.pretrained)
+    return replace(base, model=model, pretrained=pretrained, evaluators=[])  # one service asks all trials, at their end
 
 
 def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], todo: list[Point], output: Output) -> None:
@@ -105,7 +105,7 @@ def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig],
             counts = read_json(manifest_of.join("manifest.json"))["counts"]
             result["kept_share"] = counts["samples_kept"] / counts["samples"]
             result["metrics"] = ray.get(service.evaluate.remote(run, None))
-        except UserError as error:  # too little kept at this point, say: a row, not the end of the sweep
+        except (UserError, WorkFailed) as error:  # too little kept at this point, or it diverged: a row, not the end of the sweep
             result = {"status": "failed", "reason": str(getattr(error, "cause", error))}
         write_json(_result_file(output, point), result)
 

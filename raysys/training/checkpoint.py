@@ -15,6 +15,7 @@ import math
 import pickle
 import re
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -74,10 +75,17 @@ def load_newest(run: str) -> dict[str, Any] | None:
 class CheckpointWriter:
     """Writes the checkpoints of a run in a thread, one at a time, and removes old ones."""
 
-    def __init__(self, run: str, lock: RunLock, *, keep: int, keep_best: bool) -> None:
-        """:param keep: newest checkpoints that stay; with ``keep_best`` also the one with the lowest loss among those there."""
+    def __init__(
+        self, run: str, lock: RunLock, *, keep: int, keep_best: bool, scores: Mapping[int, float | None] | None = None
+    ) -> None:
+        """
+        :param keep: newest checkpoints that stay; with ``keep_best`` also the best of those there.
+        :param scores: step -> the higher the better, None while that is being found out; the owner goes on filling it. The best is the
+            one with the highest score, where any has one, else the one with the lowest loss.
+        """
         assert keep >= 1, keep
         self._run, self._lock, self._keep, self._keep_best = run, lock, keep, keep_best
+        self._scores = scores if scores is not None else {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write_under_way: Future[None] | None = None
 
@@ -102,9 +110,11 @@ class CheckpointWriter:
             under_way.result()
 
     def close(self) -> None:
-        """As :meth:`wait`; the writer takes no more."""
+        """As :meth:`wait`; then what scores that came late have settled is removed, and the writer takes no more."""
         try:
             self.wait()
+            if self._scores and steps_there(self._run):
+                self._remove_old()
         finally:
             self._thread.shutdown()
 
@@ -123,8 +133,13 @@ class CheckpointWriter:
         there = steps_there(self._run)
         stay = set(there[-self._keep :])
         if self._keep_best:
-            losses = [(loss, -step) for step in there if not math.isnan(loss := _loss(self._run, step))]
-            stay |= {-step for _, step in sorted(losses)[:1]}
+            scores = {step: self._scores[step] for step in there if step in self._scores}
+            if scores:
+                stay |= {step for step, score in scores.items() if score is None}
+                ranked = [(-score, -step) for step, score in scores.items() if score is not None]
+            else:
+                ranked = [(loss, -step) for step in there if not math.isnan(loss := _loss(self._run, step))]
+            stay |= {-step for _, step in sorted(ranked)[:1]}
         for step in _folders(self._run):
             if step < there[-1] and step not in stay:
                 self._lock.check()

@@ -8,6 +8,7 @@ gradient checkpointing) are not work of the model.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -33,17 +34,43 @@ _PEAK_TFLOPS_BF16 = {
 """Words of the device's name -> dense bfloat16 TFLOP/s with sums in float32, from NVIDIA's data sheets; the first that fits counts."""
 
 
-def flops_per_sample(model: nn.Module, image_px: int, context_length: int) -> float:
+@dataclass(frozen=True)
+class Utilisation:
+    """What is made of a worker's device."""
+
+    flops_per_sample: float | None
+    """None where they cannot be counted."""
+    peak_tflops: float | None
+    """Of the device; None where it is not known."""
+
+    def metrics(self, samples_per_s: float) -> dict[str, float]:
+        """:param samples_per_s: of one worker. :returns: ``tflops``, the model's TFLOP/s, and ``mfu``, their share of the peak."""
+        if self.flops_per_sample is None:
+            return {}
+        tflops = self.flops_per_sample * samples_per_s / 1e12
+        return {"tflops": tflops} | ({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {})
+
+
+def flops_per_sample(model: nn.Module, image_px: int, context_length: int) -> float | None:
     """FLOPs (a multiplication with its addition is two) to train on one pair: forward, and twice that for the way back of each tower
-    that is trained, wholly or in part. The model's own weights, statistics and mode stay as they are."""
+    that is trained, wholly or in part. The model's own weights, statistics and mode stay as they are.
+
+    None for models that look into their data: Hugging Face's text towers do, at the padding.
+    """
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     images = torch.empty(2, 3, image_px, image_px, device="meta")
     texts = torch.empty(2, context_length, dtype=torch.long, device="meta")
     was_training = model.training
     model.train()  # patch dropout
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(model, state, kwargs={"image": images, "text": texts})
-    model.train(was_training)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            functional_call(model, state, kwargs={"image": images, "text": texts})
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+        return None
+    finally:
+        model.train(was_training)
     of_modules = {name.partition(".")[2]: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     of_image = of_modules.get("visual", 0)
     of_text = counter.get_total_flops() - of_image

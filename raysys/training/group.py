@@ -2,7 +2,7 @@
 
 In: a worker's rank and everyone's share of the batch. Out: everyone's features with gradients, sums of numbers, and whether anyone raises
 a flag. One worker alone needs no torch.distributed; several need an initialised process group (gloo or NCCL), which is the host's
-business, and all of them make the same calls in the same order. Leaves gradients of weights to DistributedDataParallel.
+business, and all of them make the same calls in the same order. Leaves gradients of weights to :mod:`raysys.training.parallel`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ class Group:
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """:meth:`sum` by the number of workers: each counts alike, whatever its share."""
         return self.sum(values) / self.world_size
+
+    def min(self, values: torch.Tensor) -> torch.Tensor:
+        """As :meth:`sum`, the smallest over the workers."""
+        smallest = values.detach().clone()
+        if self.world_size > 1:
+            distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
+        return smallest
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any worker raises it. Waits for the other processes, never for what GPUs have to do."""

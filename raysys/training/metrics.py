@@ -27,7 +27,7 @@ WRITE_SHARE = 0.01
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
-    """Complete lines, in order; of a step that was logged twice the last."""
+    """Complete lines, in order; lines of one step (a validation comes later) are one, of a number that was logged twice the last."""
     path = join(run, "metrics.jsonl")
     if not exists(path):
         return []
@@ -35,20 +35,24 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     for line in read_bytes(path).splitlines(keepends=True):
         if line.endswith(b"\n"):  # a line without its end is still being written
             record = json.loads(line)
-            by_step[record["step"]] = record
+            by_step[record["step"]] = by_step.get(record["step"], {}) | record
     return [by_step[step] for step in sorted(by_step)]
 
 
 def read_last_metrics(run: str) -> dict[str, Any] | None:
-    """The newest complete line; reads the end of the log only."""
+    """The newest complete line of a step (not of a validation); reads the end of the log only."""
     fs, path = open_fs(join(run, "metrics.jsonl"))
     try:
         with named_errors(run):
             end = fs.cat_file(path, start=-TAIL_BYTES)
     except FileNotFoundError:
         return None
-    lines = end[: end.rfind(b"\n")].splitlines()
-    return json.loads(lines[-1]) if lines else None
+    for line in reversed(
+        end[: end.rfind(b"\n")].splitlines()[1 if len(end) == TAIL_BYTES else 0 :]
+    ):  # the first may be half a line
+        if "loss" in (record := json.loads(line)):
+            return dict(record)
+    return None
 
 
 class MetricsLog:
@@ -74,7 +78,7 @@ class MetricsLog:
         """Log a step: into the local file at once, on an object store within about :data:`WRITE_EVERY_S`."""
         line = _line({"step": step, **metrics})
         for name, value in metrics.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         if self._local:
             self._lock.check()
             with open(open_fs(self._path)[1], "ab") as file:

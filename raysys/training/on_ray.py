@@ -18,17 +18,27 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
 from raysys.corpus.index import SampleIndex
-from raysys.models import check_model, portable
+from raysys.evaluation.evaluator import PRIMARY, SetConfig
+from raysys.evaluation.on_ray import SERVICE_CPUS, EvaluatorService, evaluator_sets
+from raysys.models import LoadedModel, portable
 from raysys.progress import Progress
-from raysys.storage import Output, UserError, is_local, open_output, read_json, remove_folder, settings_of
+from raysys.storage import Output, UserError, WorkFailed, is_local, open_output, read_json, remove_folder, settings_of
 from raysys.training import checkpoint
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.loop import Host, StoppedByPeer, run_worker
 from raysys.training.metrics import read_last_metrics, read_metrics
+from raysys.training.model import check_training_model
 from raysys.training.samples import check_evidence, choose_samples, order_of, weighted_sources
+from raysys.training.validation import SCORE
 
 CPUS_PER_WORKER = 0.9
 """Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores."""
+
+
+GPU_SERVICE_CPUS = 4
+"""CPUs of an evaluator that has a GPU or a share of one: it decodes its sets once."""
+_QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "batch_size", "num_gpus")
+"""Words that say how a run is validated, not what it learns."""
 
 
 def train(cfg: TrainConfig) -> None:
@@ -48,12 +58,13 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     :param concurrent_runs: runs that share the machine (their workers share its cores).
     :raises UserError: where words, corpus and cluster do not fit each other.
     """
-    check_model(cfg.model, cfg.pretrained)
+    check_training_model(cfg)
+    sets = evaluator_sets(cfg)
     run = open_output(
         cfg.output,
         "train",
         _settings(cfg) | {"evidence": check_evidence(cfg)},
-        not_in_fingerprint=("num_workers", "use_gpu", "corpus", "annotations", "selection", "free"),
+        not_in_fingerprint=("num_workers", "use_gpu", "corpus", "annotations", "selection", "free", *_QUESTIONS),
     )
     if run.finished:
         print(f"train: nothing is left to do, all {cfg.num_steps} steps are done")
@@ -61,7 +72,7 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     there = checkpoint.steps_there(run.path)
     lock = RunLock.take(run.path)
     try:
-        index = _train_to_the_end(cfg, run, lock, there, concurrent_runs)
+        index = _train_to_the_end(cfg, sets, run, lock, there, concurrent_runs)
         lock.check()
     except LostLock as error:
         raise UserError(str(error)) from error
@@ -80,12 +91,18 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
         "reasons": index.reasons,
         **({"loss": metrics[-1]["loss"]} if metrics else {}),
     }
-    run.finish(counts, samples_per_s=_median([m["samples_per_s"] for m in metrics[1:]]))
+    validation = {
+        name.removeprefix("val/"): value for name, value in (metrics[-1] if metrics else {}).items() if name.startswith("val/")
+    }
+    facts = {"validation": validation} if validation else {}
+    run.finish(counts, samples_per_s=_median([m["samples_per_s"] for m in metrics[1:] if "samples_per_s" in m]), **facts)
     remove_folder(run.join("lock"))
     return run
 
 
-def _train_to_the_end(cfg: TrainConfig, run: Output, lock: RunLock, there: list[int], concurrent_runs: int) -> SampleIndex:
+def _train_to_the_end(
+    cfg: TrainConfig, sets: dict[str, SetConfig], run: Output, lock: RunLock, there: list[int], concurrent_runs: int
+) -> SampleIndex:
     index = choose_samples(cfg, run.path)
     order = order_of(cfg, index)
     if there:
@@ -95,7 +112,7 @@ def _train_to_the_end(cfg: TrainConfig, run: Output, lock: RunLock, there: list[
         shares = zip(order.shares, weighted_sources(cfg.corpus), strict=True)
         print(f"train: of every batch {', '.join(f'{number} {name}' for number, name in shares)}", flush=True)
     with ray_session(cfg.ray):
-        _fit(cfg, run, index, lock, already=there[-1] if there else 0, concurrent_runs=concurrent_runs)
+        _fit(cfg, sets, run, index, lock, already=there[-1] if there else 0, concurrent_runs=concurrent_runs)
     return index
 
 
@@ -117,14 +134,31 @@ def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
 
-def _fit(cfg: TrainConfig, run: Output, index: SampleIndex, lock: RunLock, *, already: int, concurrent_runs: int) -> None:
+def _fit(
+    cfg: TrainConfig,
+    sets: dict[str, SetConfig],
+    run: Output,
+    index: SampleIndex,
+    lock: RunLock,
+    *,
+    already: int,
+    concurrent_runs: int,
+) -> None:
     gpus = 1 if cfg.use_gpu else 0
     fewest, most = cfg.worker_range
-    require(f"train with {fewest} workers", cpus=fewest * CPUS_PER_WORKER, gpus=fewest * gpus)
+    service_cpus = (GPU_SERVICE_CPUS if cfg.num_gpus else SERVICE_CPUS) if sets else 0
+    beside, service_gpus = (" and an evaluator beside them", cfg.num_gpus) if sets else ("", 0)
+    cpus = fewest * CPUS_PER_WORKER + service_cpus
+    require(f"train with {fewest} workers{beside}", cpus=cpus, gpus=fewest * gpus + service_gpus)
     threads = max(1, num_cpus() // (most * concurrent_runs))
     news = _News.remote()  # type: ignore[attr-defined]
     model, pretrained = portable(cfg.model, cfg.pretrained)  # workers run in a folder of Ray's
-    of_workers = replace(cfg, model=model, pretrained=pretrained or cfg.pretrained)
+    of_workers = replace(cfg, model=model, pretrained=pretrained)
+    validator: _ServiceValidator | None = None
+    if sets:
+        options = {"num_cpus": service_cpus, "num_gpus": cfg.num_gpus, "max_restarts": -1, "max_task_retries": 1}
+        service = EvaluatorService.options(**options).remote(sets, cfg.batch_size, threads=max(1, int(service_cpus)))  # type: ignore[attr-defined]
+        validator = _ServiceValidator(service)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -134,6 +168,7 @@ def _fit(cfg: TrainConfig, run: Output, index: SampleIndex, lock: RunLock, *, al
             "lock": lock,
             "threads": threads,
             "news": news,
+            "validator": validator,
         },
         torch_config=TorchConfig(backend="nccl" if cfg.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -147,10 +182,12 @@ def _fit(cfg: TrainConfig, run: Output, index: SampleIndex, lock: RunLock, *, al
     )
     with _progress(run, cfg.num_steps, news, already=already):
         trainer.fit()
-    mistake = ray.get(news.mistake.remote())
+    error = ray.get(news.error.remote())
     ray.kill(news)
-    if mistake is not None:
-        raise UserError(mistake)
+    if validator is not None:
+        ray.kill(validator.service)
+    if error is not None:
+        raise error
     if is_local(run.path):
         shutil.rmtree(run.join("_ray"), ignore_errors=True)  # Ray's own state; ours is in checkpoints
 
@@ -160,7 +197,7 @@ class _News:
     """What workers tell the driver beside Ray's own ways: an error that is raised makes Ray start all of them again."""
 
     def __init__(self) -> None:
-        self._mistake: str | None = None
+        self._error: UserError | WorkFailed | None = None
         self._lines: list[str] = []
 
     def say(self, line: str) -> None:
@@ -170,11 +207,42 @@ class _News:
     def said(self) -> list[str]:
         return self._lines
 
-    def tell(self, mistake: str) -> None:
-        self._mistake = self._mistake or mistake
+    def tell(self, error: UserError | WorkFailed) -> None:
+        self._error = self._error or error
 
-    def mistake(self) -> str | None:
-        return self._mistake
+    def error(self) -> UserError | WorkFailed | None:
+        return self._error
+
+
+class _ServiceValidator:
+    """:class:`raysys.training.validation.Validator` by an evaluator's actor; it lives in rank 0."""
+
+    def __init__(self, service: Any) -> None:
+        self.service = service
+        self._blueprint: Any = None
+
+    def set_model(self, blueprint: LoadedModel) -> None:
+        self._blueprint = ray.put(blueprint)
+
+    def ask(self, weights: dict[str, torch.Tensor]) -> Any:
+        on_cpu = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+        return self.service.evaluate_weights.remote(self._blueprint, on_cpu)
+
+    def answer(self, ticket: Any, *, wait: bool) -> dict[str, float] | str | None:
+        if not ray.wait([ticket], timeout=None if wait else 0)[0]:
+            return None
+        try:
+            of_sets = ray.get(ticket)
+        except ray.exceptions.RayError as error:  # the evaluator died, or its memory did not do: that is no end of a training
+            return str(getattr(error, "cause", error)).strip().splitlines()[-1]
+        scores = [metrics[PRIMARY[name]] for name, metrics in of_sets.items()]
+        numbers = {
+            f"val/{name}/{metric}": value
+            for name, metrics in of_sets.items()
+            for metric, value in metrics.items()
+            if not metric.startswith("num_")
+        }
+        return {SCORE: sum(scores) / len(scores)} | numbers
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -182,11 +250,13 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if config["cfg"].use_gpu else torch.device("cpu")
     news = config["news"]
-    host = Host(context.get_world_rank(), context.get_world_size(), device, lambda line: ray.get(news.say.remote(line)))
+    host = Host(
+        context.get_world_rank(), context.get_world_size(), device, lambda line: ray.get(news.say.remote(line)), config["validator"]
+    )
     try:
         run_worker(config["cfg"], config["run"], ray.get(config["index"]), host, config["lock"], threads=config["threads"])
-    except (UserError, LostLock) as error:  # trying again would not mend it
-        ray.get(news.tell.remote(str(error)))
+    except (UserError, LostLock, WorkFailed) as error:  # trying again would not mend it
+        ray.get(news.tell.remote(error if isinstance(error, WorkFailed) else UserError(str(error))))
     except StoppedByPeer:
         pass
 

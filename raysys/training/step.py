@@ -1,9 +1,8 @@
 """One optimisation step of CLIP: forward, contrastive loss over all workers, backward, AdamW.
 
-In: a worker's pictures and texts of a step. Out: changed weights, and metrics of the global batch. The recipe is open_clip's: no weight
-decay on gains, biases and the logit scale; linear warm-up, then cosine to 0; the logit scale is held at most ln 100. A worker's share goes
-through the model at once or in micro-batches (GradCache), with the same loss. Leaves to others which samples, how many steps, and the
-seeds of dropout.
+In: a worker's pictures and texts of a step. Out: changed weights, and metrics of the global batch. The recipe is open_clip's; the logit
+scale is held at most ln 100. A worker's share goes through the model at once or in micro-batches (GradCache), with the same loss. Leaves
+to others which samples, how many steps, which weights are trained (``requires_grad``), and the seeds of dropout.
 """
 
 from __future__ import annotations
@@ -15,44 +14,21 @@ import torch
 from torch import nn
 
 from raysys.config import LoopConfig, OptimConfig
+from raysys.training import parallel
 from raysys.training.group import Group
 from raysys.training.loss import Contrast, Features, contrast
+from raysys.training.optimizer import learning_rate, make_optimizer
 
-
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with open_clip's two groups (open_clip_train/main.py)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-    def undecayed(name: str, p: torch.Tensor) -> bool:
-        return p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-
-    return torch.optim.AdamW(
-        [
-            {"params": [p for name, p in named if undecayed(name, p)], "weight_decay": 0.0},
-            {"params": [p for name, p in named if not undecayed(name, p)], "weight_decay": optim.weight_decay},
-        ],
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
-
-
-def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
-    """Linear warm-up to ``optim.lr``, then cosine to 0 at ``steps``; steps count from 0."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+_NEVER = torch.iinfo(torch.int64).max
 
 
 def batch_norm_warning(model: nn.Module, group: Group, micro_batch: int | None) -> str | None:
-    """One line where the model has batch norm and the global batch is cut, so that its statistics are those of a cut; else None."""
-    layers = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    """One line where the model trains batch norm and the global batch is cut, so that its statistics are those of a cut; else None."""
+    layers = sum(not _is_locked(layer) for layer in _batch_norms(model))
     in_parts = _in_parts(group, micro_batch)
     if layers == 0 or (group.world_size == 1 and not in_parts):
         return None
-    samples = -(-group.size // _num_parts(group, micro_batch))
+    samples = -(-group.size // _num_parts(group.size, micro_batch))
     by, twice = "num_workers", ""
     if in_parts:
         by = "num_workers and train.micro_batch"
@@ -70,40 +46,63 @@ class TrainStep:
         self,
         model: nn.Module,
         *,
+        loss: str,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         loop: LoopConfig,
         optim: OptimConfig,
+        freeze_bn_stats: bool,
         device: torch.device,
         group: Group,
         steps: int,
     ) -> None:
         """
+        :param model: alike on all workers; it is changed in place, and the names of its weights stay.
+        :param loss: one of ``config.LOSSES``.
         :param mean: of the pictures' channels, 0..1, like ``std``.
+        :param freeze_bn_stats: batch norm layers whose own weights are not trained keep their statistics too.
         :param steps: of the whole run, for the learning rate.
         """
+        if device.type == "cuda":  # as open_clip's trainer: TF32 where float32 is asked for
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
+        self._loss, self._loop, self._optim, self._device, self._group, self._steps = loss, loop, optim, device, group, steps
+        self._sharded = loop.strategy == "fsdp" and group.world_size > 1
         self.model = model.to(device)
-        if loop.channels_last:
+        if loop.channels_last and not self._sharded:  # FSDP2 takes no weights in this format; convolutions get their pictures in it
             self.model = self.model.to(memory_format=torch.channels_last)
-        self._loop, self._optim, self._device, self._group, self._steps = loop, optim, device, group, steps
-        self._parallel: nn.Module = self.model
-        if group.world_size > 1:
-            self._parallel = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=[device.index] if device.type == "cuda" else None
+        self._frozen_norms = [layer for layer in _batch_norms(self.model) if freeze_bn_stats and _is_locked(layer)]
+        if loop.compile:
+            # Not dynamic: a share is cut in micro-batches of at most two sizes, and fixed ones are faster. Random numbers as without
+            # compiling, so that both passes of a micro-batch draw the same and a resumed run goes on with either.
+            how: dict[str, Any] = {"dynamic": False, "options": {"fallback_random": True}}
+            if self._sharded:  # block by block, as FSDP2 gathers weights between them
+                for block in parallel.blocks(self.model):
+                    block.forward = torch.compile(block.forward, **how)
+            else:
+                self.model.compile(**how)
+        if self._sharded:
+            assert len({_num_parts(size, loop.micro_batch) for size in group.sizes}) == 1, (
+                "each forward pass gathers weights from all"
             )
+            parallel.shard(self.model, group, device)
+        self._parallel = self.model if self._sharded else parallel.replicate(self.model, group, device)
         self.optimizer = make_optimizer(self.model, optim)
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255
         self._loss_sum, self._loss_count = torch.zeros((), device=device), 0
+        self._first_bad, self._done = torch.full((), _NEVER, device=device), 0
 
     def __call__(self, images: torch.Tensor, texts: torch.Tensor, *, step: int, measure: bool) -> dict[str, float]:
-        """Do step ``step`` on this worker's uint8 images [b, 3, S, S] and texts [b, context].
+        """Do step ``step`` (from 0) on this worker's uint8 images [b, 3, S, S] and texts [b, context].
 
         :param measure: also return the metrics; alike on all workers, as they talk about them, and they wait for the device. ``loss``,
             ``image_accuracy`` and ``text_accuracy`` (share of the pictures whose own text is the nearest, and the other way round) are
             those of the global batch, ``grad_norm`` is before clipping.
         """
         self.model.train()
+        for layer in self._frozen_norms:
+            layer.eval()
         lr = learning_rate(step, steps=self._steps, optim=self._optim)
         for params in self.optimizer.param_groups:
             params["lr"] = lr
@@ -112,12 +111,20 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         backward = self._backward_in_parts if _in_parts(self._group, self._loop.micro_batch) else self._backward_at_once
         part, scale = backward(images, texts)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip_norm or math.inf)
+        if self._sharded:
+            parallel.average_unsharded(self.model, self._group)
+        norm = parallel.grad_norm(self.model, self._group)
+        if self._optim.grad_clip_norm:
+            for params in self.optimizer.param_groups:  # the gradients of each are of one kind, sharded or not
+                nn.utils.clip_grads_with_norm_(params["params"], self._optim.grad_clip_norm, norm)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator]
         self._loss_sum += part.loss.detach()
         self._loss_count += 1
+        self._done = step + 1
+        good = part.loss.detach().isfinite() & norm.isfinite()
+        self._first_bad = torch.minimum(self._first_bad, torch.where(good, _NEVER, self._done))
         if not measure:
             return {}
         whole = self._group.sum(torch.stack([part.loss, part.image_accuracy, part.text_accuracy]))
@@ -140,6 +147,33 @@ class TrainStep:
         self._loss_count = 0
         return mean
 
+    def first_bad_step(self, *, check_weights: bool) -> int | None:
+        """The first step since the start of this process whose loss or gradient was not a finite number, on any worker; the same on all,
+        and all must call it after the same step. Here steps count from 1: the number done with it. Weights after it are worthless.
+
+        :param check_weights: look at the weights too, which an update may spoil before any loss shows it; counts for the last step.
+        """
+        if check_weights:
+            self._first_bad = torch.minimum(self._first_bad, torch.where(parallel.is_finite(self.model), _NEVER, self._done))
+        first = int(self._group.min(self._first_bad))
+        return None if first == _NEVER else first
+
+    def state(self) -> dict[str, Any]:
+        """``state_dict`` (open_clip's name for weights) and ``optimizer`` (by names of weights) for :meth:`load_state`, with any strategy and number of workers.
+
+        All workers must call it; rank 0 gets all of it. Tensors may be those of the next step: copy them before it.
+        """
+        return {"state_dict": self.model_state(), "optimizer": parallel.moments(self.model, self.optimizer, self._group)}
+
+    def model_state(self) -> dict[str, Any]:
+        """The model's part of :meth:`state`, on the same terms."""
+        return parallel.weights(self.model, self._group)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`; every worker has all of it."""
+        parallel.load_weights(self.model, state["state_dict"])
+        parallel.load_moments(self.model, self.optimizer, state["optimizer"])
+
     def _backward_at_once(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[Contrast, torch.Tensor]:
         """Gradients of the global batch's loss in the weights; returns this worker's part of the numbers, and the logits' scale."""
         features = self._features(self._parallel, images, texts)
@@ -150,7 +184,7 @@ class TrainStep:
 
         First all features without activations, and the loss's gradient in them; then each micro-batch again, with that gradient.
         """
-        number = _num_parts(self._group, self._loop.micro_batch)
+        number = _num_parts(self._group.size, self._loop.micro_batch)
         batches = list(zip(images.tensor_split(number), texts.tensor_split(number), strict=True))
         states, parts = [], []
         with torch.no_grad():
@@ -166,16 +200,17 @@ class TrainStep:
             _set_random_state(states[i], self._device)  # the same dropout as in the first pass
             last = i == len(batches) - 1
             # Gradients add up in the weights; only DDP's own forward pass arms its all-reduce, which takes the sums. (no_sync would
-            # not do: its forward passes broadcast buffers, and workers may have different numbers of micro-batches.)
+            # not do: its forward passes broadcast buffers, and workers may have different numbers of micro-batches.) FSDP2 averages
+            # each micro-batch's gradients as they come.
             part = self._features(self._parallel if last else self.model, *batch)
-            outputs, grads = [part.image_bD, part.text_bD], [image_grads[i], text_grads[i]]
+            pairs = [(part.image_bD, image_grads[i]), (part.text_bD, text_grads[i])]
             if last:  # scale and bias are not of one micro-batch: their gradient is of the whole share, and counts once
-                outputs.append(part.scale)
-                grads.append(_grad(whole.scale))
+                pairs.append((part.scale, _grad(whole.scale)))
                 if part.bias is not None and whole.bias is not None:
-                    outputs.append(part.bias)
-                    grads.append(_grad(whole.bias))
-            torch.autograd.backward(outputs, grads)
+                    pairs.append((part.bias, _grad(whole.bias)))
+            pairs = [(output, grad) for output, grad in pairs if output.requires_grad]  # features of a locked tower do not
+            if pairs:
+                torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
         return result, whole.scale.detach()
 
     def _features(self, module: nn.Module, images: torch.Tensor, texts: torch.Tensor) -> Features:
@@ -191,12 +226,26 @@ class TrainStep:
 
     def _loss_backward(self, features: Features) -> Contrast:
         with self._autocast():
-            part = contrast(features, self._group)
-        (part.loss * self._group.world_size).backward()  # DDP takes the mean over the workers, the loss is the sum of their parts
+            part = contrast(features, self._group, self._loss)
+        (
+            part.loss * self._group.world_size
+        ).backward()  # gradients are averaged over the workers, the loss is the sum of their parts
         return part
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._loop.precision == "amp_bf16")
+        # its cache would keep the casts of weights that FSDP2 has already let go
+        enabled = self._loop.precision == "amp_bf16"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=not self._sharded)
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def _is_locked(layer: nn.Module) -> bool:
+    """Whether it has weights of its own and none of them is trained."""
+    trained = [p.requires_grad for p in layer.parameters()]
+    return len(trained) > 0 and not any(trained)
 
 
 def _in_parts(group: Group, micro_batch: int | None) -> bool:
@@ -204,9 +253,9 @@ def _in_parts(group: Group, micro_batch: int | None) -> bool:
     return micro_batch is not None and micro_batch < max(group.sizes)
 
 
-def _num_parts(group: Group, micro_batch: int | None) -> int:
-    """Micro-batches of this worker's share, each of at most ``micro_batch`` samples."""
-    return -(-group.size // (micro_batch or group.size))
+def _num_parts(size: int, micro_batch: int | None) -> int:
+    """Micro-batches of a share of ``size`` samples, each of at most ``micro_batch``."""
+    return -(-size // (micro_batch or size))
 
 
 def _join_as_leaves(parts: list[Features]) -> Features:

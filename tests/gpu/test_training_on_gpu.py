@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,35 +29,38 @@ SIZE_PX, BATCH, STEPS = 32, 16, 10
 
 
 class Towers(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, biased: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.image = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.GELU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(256, 16))
         self.text = nn.Sequential(nn.Embedding(100, 16), nn.Flatten(), nn.Linear(64, 16))
         self.logit_scale = nn.Parameter(torch.tensor(2.6))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if biased else None
 
-    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (
-            functional.normalize(self.image(image), dim=-1),
-            functional.normalize(self.text(text), dim=-1),
-            self.logit_scale.exp(),
-        )
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = functional.normalize(self.image(image), dim=-1), functional.normalize(self.text(text), dim=-1)
+        scale = self.logit_scale.exp()
+        return (*features, scale) if self.logit_bias is None else (*features, scale, self.logit_bias)
 
 
-def losses(device: str, **loop: object) -> list[float]:
-    settings = LoopConfig(steps=STEPS, precision="fp32")
-    for key, value in loop.items():
-        setattr(settings, key, value)
+def losses(device: str, *, loss: str = "clip", lock_image: bool = False, **loop: Any) -> list[float]:
+    model = Towers(biased=loss == "siglip")
+    model.image.requires_grad_(not lock_image)
     step_fn = TrainStep(
-        Towers(),
+        model,
+        loss=loss,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
-        loop=settings,
+        loop=LoopConfig(**{"precision": "fp32"} | loop),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        freeze_bn_stats=True,
         device=torch.device(device),
         group=Group(0, (BATCH,)),
         steps=STEPS,
     )
+    assert device == "cpu" or torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")  # TF32 has 11 bits
+    torch.backends.cudnn.allow_tf32 = False
     rng = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (BATCH, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8, generator=rng).contiguous(
         memory_format=torch.channels_last
@@ -64,13 +69,19 @@ def losses(device: str, **loop: object) -> list[float]:
     return [step_fn(images, texts, step=step, measure=True)["loss"] for step in range(STEPS)]
 
 
-def test_losses_on_the_gpu_are_those_on_the_cpu() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    on_cpu = losses("cpu")
+@pytest.mark.parametrize("recipe", [{"loss": "clip"}, {"loss": "siglip"}, {"lock_image": True}])
+def test_losses_on_the_gpu_are_those_on_the_cpu(recipe: dict[str, Any]) -> None:
+    on_cpu = losses("cpu", **recipe)
     assert on_cpu[-1] < on_cpu[0]
-    assert losses("cuda") == pytest.approx(on_cpu, abs=1e-3)
-    assert losses("cuda", micro_batch=5) == pytest.approx(on_cpu, abs=1e-3)
-    assert losses("cuda", precision="amp_bf16") == pytest.approx(on_cpu, abs=0.05)
+    assert losses("cuda", **recipe) == pytest.approx(on_cpu, abs=1e-3)
+    assert losses("cuda", **recipe, micro_batch=5) == pytest.approx(on_cpu, abs=1e-3)
+    assert losses("cuda", **recipe, precision="amp_bf16") == pytest.approx(on_cpu, abs=0.05)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc, which torch.compile needs")
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_losses_of_a_compiled_model_are_those_on_the_cpu(micro_batch: int | None) -> None:
+    assert losses("cuda", compile=True, micro_batch=micro_batch) == pytest.approx(losses("cpu"), abs=1e-3)
 
 
 def test_batches_come_pinned_and_as_on_the_cpu(tmp_path: Path) -> None:

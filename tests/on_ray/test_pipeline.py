@@ -85,7 +85,9 @@ def test_two_workers_give_the_losses_of_one(
     ray_cluster: None, run_cli: Cli, tmp_path: Path, plain_corpus: Path, tiny_model: str
 ) -> None:
     losses = {}
+    pairs = write_tar(tmp_path / "pairs.tar", [m for i in range(8) for m in sample(str(i), noise_jpeg(i), f"picture 0 {i}")])
     for workers in (1, 2):
+        validate = ["evaluators=[retrieval]", f"retrieval.path={pairs}", "train.validate_every=4"] if workers == 2 else []
         run = tmp_path / f"R{workers}"
         status, printed, _ = run_cli(
             "train",
@@ -94,6 +96,7 @@ def test_two_workers_give_the_losses_of_one(
             f"output={run}",
             "train.steps=10",
             f"num_workers={workers}",
+            *validate,
             *RECIPE,
         )
         assert status == 0 and "10 steps of 8" in printed
@@ -109,6 +112,13 @@ def test_two_workers_give_the_losses_of_one(
         ]
     assert len(losses[1]) == 10 and losses[1] == pytest.approx(losses[2], abs=1e-4)
     open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'R2'}/open_clip")
+    validated = {m["step"]: m["val/retrieval/mean_recall@1"] for m in read_metrics(str(tmp_path / "R2")) if "val/score" in m}
+    assert list(validated) == [4, 8, 10]
+    assert read_json(str(tmp_path / "R2" / "manifest.json"))["validation"]["retrieval/mean_recall@1"] == validated[10]
+    status, _, _ = run_cli("evaluate", f"model={tmp_path / 'R2'}", *validate[:2], f"output={tmp_path / 'E'}")
+    assert status == 0
+    (result,) = (tmp_path / "E" / "results").iterdir()
+    assert read_json(str(result))["metrics"]["mean_recall@1"] == pytest.approx(validated[10])
 
     status, printed, _ = run_cli(
         "train",
@@ -132,6 +142,17 @@ def test_a_mistake_in_a_worker_is_one_line(
     )
     assert status == 2 and "not_an_image; annotate the corpus first" in err.splitlines()[-1]
     assert not (tmp_path / "R").exists()  # nothing was learnt: other words may take the folder
+
+
+def test_a_training_that_diverges_is_one_line_and_status_1(
+    ray_cluster: None, run_cli: Cli, tmp_path: Path, plain_corpus: Path, tiny_model: str
+) -> None:
+    words = [f"corpus.path={plain_corpus}", f"model={tiny_model}", "num_workers=2", "optim.lr=1e38", "train.checkpoint_every=1"]
+    status, _, err = run_cli("train", *words, "train.steps=20", f"output={tmp_path / 'R'}", *RECIPE)
+    assert status == 1 and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert "not finite at step" in last and f"the last good checkpoint is {tmp_path / 'R'}/checkpoints/step-" in last
+    assert "smaller optim.lr" in last
 
 
 def _labelled_folder(folder: Path) -> Path:
