@@ -297,6 +297,16 @@ def test_micro_batches_do_not_change_the_losses(tmp_path: Path, plain_corpus: Pa
     assert [loss for _, loss in train_alone(parts)] == pytest.approx([loss for _, loss in train_alone(whole)], abs=1e-5)
 
 
+def test_compiling_without_a_compiler_is_refused_in_one_line(
+    tmp_path: Path, plain_corpus: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, plain_corpus, tiny_model)
+    cfg.train = replace(cfg.train, compile=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"train.compile=true: CXX=no-such-compiler is not there on .*; install one on every node"):
+        train_alone(cfg)
+
+
 def test_the_log_says_what_a_step_took(tmp_path: Path, plain_corpus: Path, tiny_model: str) -> None:
     cfg = config(tmp_path, plain_corpus, tiny_model)
     cfg.augment = replace(cfg.augment, schedule="ramp")

@@ -54,11 +54,11 @@ def sweep(cfg: SweepConfig) -> None:
     if cfg.annotations is None and any(key.startswith("policy.") for key in space):
         raise UserError("space: policy.* is swept, so annotations=FOLDER is needed (raysys annotate makes it, once)")
     base = _train_config(cfg)
-    for point in points:
-        at_point(base, point, "")
+    of_points = [at_point(base, point, "") for point in points]
     check_evidence(base)
     open_corpus(base.corpus)
-    check_training_model(base)
+    for cfg_of_point in {repr((c.model, c.pretrained, c.loss, c.towers, c.train)): c for c in of_points}.values():
+        check_training_model(cfg_of_point)
     sets = evaluator_sets(cfg)
     output = open_output(cfg.output, "sweep", settings_of(cfg, "max_concurrent") | {"space": space})
     todo = [p for p in points if _row(output, p)["status"] != "finished"]

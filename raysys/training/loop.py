@@ -5,6 +5,9 @@ Runs under Ray Train and in a plain process alike: what it needs of its host is 
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -71,6 +74,8 @@ def run_worker(cfg: TrainConfig, run: str, index: SampleIndex, host: Host, lock:
         if host.rank == 0:
             lock = lock.attempt()
             first = (checkpoint.steps_there(run) or [0])[-1]
+        if cfg.train.compile:
+            _require_compiler()
         torch.manual_seed(cfg.seed)
         loaded = training_model(cfg)
         if host.rank == 0 and host.validator is not None:
@@ -131,6 +136,14 @@ def run_worker(cfg: TrainConfig, run: str, index: SampleIndex, host: Host, lock:
         if host.rank == 0:
             lock.check()
             save_open_clip_folder(join(run, "open_clip"), loaded, state_dict=weights, card=_card(cfg, loaded, index, run))
+
+
+def _require_compiler() -> None:
+    """torch.compile calls one, on CPUs and (for Triton) with GPUs. :raises UserError: where this machine has none."""
+    said = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([said] if said else ["g++", "gcc", "clang++"])):
+        what = f"CXX={said} is not there" if said else "there is no g++, gcc or clang++"
+        raise UserError(f"train.compile=true: {what} on {socket.gethostname()}; install one on every node, or leave the key out")
 
 
 def image_size(loaded: LoadedModel) -> int:
