@@ -186,10 +186,10 @@ def _fit(
     ray.kill(news)
     if validator is not None:
         ray.kill(validator.service)
-    if error is not None:
-        raise error
     if is_local(run.path):
         shutil.rmtree(run.join("_ray"), ignore_errors=True)  # Ray's own state; ours is in checkpoints
+    if error is not None:
+        raise error
 
 
 @ray.remote(num_cpus=0)
