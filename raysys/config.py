@@ -303,10 +303,10 @@ class QuestionsConfig:
 
 
 @dataclass
-class TrainConfig(QuestionsConfig):
+class RecipeConfig:
+    """What is trained, on what, and how."""
+
     output: str = MISSING
-    evaluators: list[str] = field(default_factory=list)
-    """Asked after the last step, and every ``train.validate_every`` steps, by an evaluator that works beside the training."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     annotations: str | None = None
     """Annotations of the corpus; with ``policy`` they decide what is kept."""
@@ -346,6 +346,12 @@ class TrainConfig(QuestionsConfig):
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most workers."""
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else tuple(self.num_workers)
+
+
+@dataclass
+class TrainConfig(QuestionsConfig, RecipeConfig):
+    evaluators: list[str] = field(default_factory=list)
+    """Asked after the last step, and every ``train.validate_every`` steps, by an evaluator that works beside the training."""
 
 
 @dataclass

@@ -47,12 +47,10 @@ def read_last_metrics(run: str) -> dict[str, Any] | None:
             end = fs.cat_file(path, start=-TAIL_BYTES)
     except FileNotFoundError:
         return None
-    for line in reversed(
-        end[: end.rfind(b"\n")].splitlines()[1 if len(end) == TAIL_BYTES else 0 :]
-    ):  # the first may be half a line
-        if "loss" in (record := json.loads(line)):
-            return dict(record)
-    return None
+    lines = end[: end.rfind(b"\n")].splitlines()
+    whole = lines[1:] if len(end) == TAIL_BYTES else lines  # the first may be the end of a line
+    records = (json.loads(line) for line in reversed(whole))
+    return next((record for record in records if "loss" in record), None)
 
 
 class MetricsLog:

@@ -33,8 +33,6 @@ from raysys.training.validation import SCORE
 
 CPUS_PER_WORKER = 0.9
 """Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores."""
-
-
 GPU_SERVICE_CPUS = 4
 """CPUs of an evaluator that has a GPU or a share of one: it decodes its sets once."""
 _QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "batch_size", "num_gpus")
@@ -267,8 +265,9 @@ def _progress(run: Output, steps: int, news: Any, *, already: int) -> Iterator[N
     stop = threading.Event()
 
     def follow() -> None:
-        progress, shown, heard = Progress("train", steps, "steps", already=already), already, 0
-        while not stop.wait(2.0):
+        progress, shown, heard, stopped = Progress("train", steps, "steps", already=already), already, 0, False
+        while not stopped:
+            stopped = stop.wait(2.0)  # and look once more at the end
             said = ray.get(news.said.remote())
             for line in said[heard:]:
                 print(f"train: {line}", file=sys.stderr, flush=True)
