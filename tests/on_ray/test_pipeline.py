@@ -151,7 +151,7 @@ def test_a_training_that_diverges_is_one_line_and_status_1(
     status, _, err = run_cli("train", *words, "train.steps=20", f"output={tmp_path / 'R'}", *RECIPE)
     assert status == 1 and "Traceback" not in err
     last = err.splitlines()[-1]
-    assert "not finite at step 1; no checkpoint was due before; begin a new run" in last and "smaller optim.lr" in last
+    assert "not finite at step 2; no checkpoint was due before; begin a new run" in last and "smaller optim.lr" in last
 
 
 def _labelled_folder(folder: Path) -> Path:
