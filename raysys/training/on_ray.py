@@ -14,6 +14,7 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
@@ -149,7 +150,9 @@ def _fit(
     cpus = fewest * CPUS_PER_WORKER + service_cpus
     require(f"train with {fewest} workers{beside}", cpus=cpus, gpus=fewest * gpus + service_gpus)
     threads = max(1, num_cpus() // (most * concurrent_runs))
-    news = _News.remote()  # type: ignore[attr-defined]
+    # On the driver's node: it holds what the run cannot do without, and any other node may die.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    news = _News.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     model, pretrained = portable(cfg.model, cfg.pretrained)  # workers run in a folder of Ray's
     of_workers = replace(cfg, model=model, pretrained=pretrained)
     validator: _ServiceValidator | None = None
