@@ -232,7 +232,8 @@ class LoopConfig:
     compile: bool = False
     """torch.compile the model: a minute or more at the start, faster after on a GPU. Needs a C++ compiler."""
     grad_checkpointing: bool = False
-    """Keep the inputs of a tower's blocks only and compute the rest anew going backward: less memory, a third more work."""
+    """Keep the inputs of a tower's blocks only and compute the rest anew going backward: less memory, a third more work.
+    Batch norm then updates its running statistics twice a step."""
     strategy: str = "ddp"
     """``ddp``: every worker holds the whole model; ``fsdp``: weights, gradients and AdamW's state are cut in num_workers parts (FSDP2),
     for models that do not fit."""

@@ -75,7 +75,7 @@ def run_worker(cfg: TrainConfig, run: str, index: SampleIndex, host: Host, lock:
             lock = lock.attempt()
             first = (checkpoint.steps_there(run) or [0])[-1]
         if cfg.train.compile:
-            _require_compiler()
+            _require_compiler(host.device)
         torch.manual_seed(cfg.seed)
         loaded = training_model(cfg)
         if host.rank == 0 and host.validator is not None:
@@ -138,12 +138,15 @@ def run_worker(cfg: TrainConfig, run: str, index: SampleIndex, host: Host, lock:
             save_open_clip_folder(join(run, "open_clip"), loaded, state_dict=weights, card=_card(cfg, loaded, index, run))
 
 
-def _require_compiler() -> None:
-    """torch.compile calls one, on CPUs and (for Triton) with GPUs. :raises UserError: where this machine has none."""
-    said = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ([said] if said else ["g++", "gcc", "clang++"])):
-        what = f"CXX={said} is not there" if said else "there is no g++, gcc or clang++"
-        raise UserError(f"train.compile=true: {what} on {socket.gethostname()}; install one on every node, or leave the key out")
+def _require_compiler(device: torch.device) -> None:
+    """torch.compile calls $CXX or g++ for CPUs, and Triton $CC, gcc or clang for GPUs. :raises UserError: where this machine has none."""
+    said, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = [os.environ[said]] if said in os.environ else usual
+    if not any(shutil.which(name) for name in names):
+        which = f"{said}={names[0]}" if said in os.environ else " or ".join(names)
+        raise UserError(
+            f"train.compile=true: {which} is not there on {socket.gethostname()}; install it on every node, or leave the key out"
+        )
 
 
 def image_size(loaded: LoadedModel) -> int:
