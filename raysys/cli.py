@@ -45,7 +45,7 @@ HELP: dict[str, tuple[str, str, str]] = {
         "raysys train corpus.path=data annotations=A policy=paper model=ViT-B-16 train.steps=20000 output=R",
     ),
     "attack": (
-        "raysys.evaluation.on_ray:attack",
+        "raysys.attack.on_ray:attack",
         "build ImageNet-Attr: write a wrong class name on every picture",
         "raysys attack imagenet.path=imagenet/val attack.classes=written_class.json output=O",
     ),
@@ -172,8 +172,9 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
             overrides = [f"~{group}" if group in own else f"{group}={name}" for group, name in chosen.items()]
             cfg = compose(config_name=verb, overrides=overrides)
         OmegaConf.set_struct(cfg, True)
-        if "corpus" in cfg:
-            OmegaConf.set_struct(cfg.corpus.sources, False)  # its names are the user's
+        for key in ("corpus.sources", "models"):
+            if OmegaConf.select(cfg, key) is not None:
+                OmegaConf.set_struct(OmegaConf.select(cfg, key), False)  # its names are the user's
         for group, keys in own.items():
             cfg = _merge(cfg, {group: keys}, f"{group}={chosen[group]}")
         for word, keys in merged.items():

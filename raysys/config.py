@@ -7,6 +7,7 @@ The dataclasses are plain, not frozen (frozen ones break hydra's composition); c
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 MISSING: Any = "???"  # OmegaConf's marker for "the user must say it"
 
 ENGINES = ("onnx", "openvino", "paddle", "torch")
-EVALUATORS = ("imagenet", "coco", "retrieval", "imagenet_attr")
+EVALUATORS = ("imagenet", "coco", "retrieval", "imagenet_attr", "typographic")
 PRECISIONS = ("fp32", "amp_bf16")
 SCHEDULES = ("constant", "ramp", "cosine")
 LOSSES = ("clip", "siglip")
+OVERFLOWS = ("cut", "fit", "wrap")
 STRATEGIES = ("ddp", "fsdp")
 
 
@@ -274,17 +276,68 @@ class ClassSetConfig:
     """A labelled set for zero-shot classification."""
 
     path: str | None = None
-    """Folder with one folder of pictures a class (WNIDs for ImageNet), or what ``raysys attack`` wrote."""
+    """One folder of pictures a class (WNIDs for ImageNet); a folder of pictures with ``labels``; CLIP_benchmark's WebDataset folder; Parquet
+    files with pictures and labels (Hugging Face's); or any of them as ``raysys attack`` wrote it."""
+    labels: str | None = None
+    """Which class each picture of a flat folder shows: lines of a picture's name and its class (WNID, folder name or number from 0), or one
+    WNID a line in the order of the pictures' names; null takes the one of the usual names beside the pictures."""
     classes: str | None = None
-    """JSON file {folder name: class name}; null is ImageNet's 1,000."""
-    templates: str = "openai"
-    """``openai`` (80 templates), ``simple`` ("a photo of a {}.") or a text file, one template with {} a line."""
+    """JSON file {folder name: class name}, in class order; null is the set's own list where it has one, else ImageNet's 1,000."""
+    templates: str | None = None
+    """``openai`` (80 templates), ``simple`` ("a photo of a {}.") or a text file, one template with {} (or {c}) a line; null is the set's own
+    where it has them, else ``openai``."""
+    split: str | None = None
+    """Of a WebDataset folder (null is ``test``) or of Parquet files named by their split."""
+    name: str | None = None
+    """Of the data set, in results; null is the evaluator's."""
 
 
 @dataclass
 class RetrievalSetConfig:
     path: str | None = None
-    """A WebDataset tar (captions in .json ``captions`` or .txt, one a line) or COCO's folder (annotations/captions_val2017.json)."""
+    """Pictures with captions: COCO's folder, CLIP_benchmark's WebDataset folder, WebDataset tars (captions in .json ``captions`` or .txt, one
+    a line), Parquet files, or a folder with captions.jsonl or captions.csv."""
+    captions: str | None = None
+    """COCO's captions_val2017.json or Karpathy's dataset_coco.json (dataset_flickr30k.json) where it does not lie in ``path``."""
+    split: str | None = None
+    """Of Karpathy's file or a WebDataset folder; null is ``test``."""
+    name: str | None = None
+    """Of the data set, in results; null is the evaluator's, or a more exact one."""
+
+
+@dataclass
+class TypographicSetConfig:
+    """Pictures on which a wrong word stands (RTA-100, SCAM, PAINT): picture, true label, written label."""
+
+    path: str | None = None
+    """Folder of pictures, or Parquet files with them."""
+    labels: str | None = None
+    """CSV, JSON lines or Parquet with a line a picture; null: columns of the Parquet files, metadata.csv or metadata.jsonl beside the
+    pictures, else their names, ``label=TRUE_text=WRITTEN.png`` (RTA-100, PAINT)."""
+    type: str | None = None
+    """Take only lines whose column ``type`` says so (SCAM's table holds SCAM, SynthSCAM and NoSCAM)."""
+    classes: str | None = None
+    """Text file, one possible answer a line; null: every true and every written label of the set."""
+    templates: str | None = None
+    """As of the class sets; null is ``simple``."""
+    name: str | None = None
+    """Of the data set, in results; null is the evaluator's."""
+
+
+@dataclass
+class ServiceConfig:
+    """The evaluators' actors. Nothing here changes a number but ``precision``."""
+
+    batch_size: int = 64
+    """Pictures that go through a model at once."""
+    num_actors: int = 0
+    """Actors that share the work on every set; 0: one for each GPU share, without GPUs one for each node."""
+    num_gpus_per_actor: float = 0.0
+    """Share of a GPU for each actor."""
+    precision: str = "fp32"
+    """``fp32``, or ``amp_bf16``: faster on a GPU, and not the same numbers."""
+    cache_dir: str | None = None
+    """Local folder of each node for decoded sets (147 KB a picture at 224 px); null is raysys-UID in the system's temporary folder."""
 
 
 @dataclass
@@ -292,15 +345,15 @@ class QuestionsConfig:
     """What a model is asked, and where the pictures are."""
 
     evaluators: list[str] = MISSING
-    """Some of imagenet, coco, retrieval, imagenet_attr."""
+    """Some of imagenet, coco, retrieval, imagenet_attr, typographic."""
     imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
+    """Any labelled set, with ``classes`` and ``templates`` of its own."""
     imagenet_attr: ClassSetConfig = field(default_factory=ClassSetConfig)
+    """What ``raysys attack`` wrote."""
     coco: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
     retrieval: RetrievalSetConfig = field(default_factory=RetrievalSetConfig)
-    batch_size: int = 64
-    """Pictures that the evaluator takes at once."""
-    num_gpus: float = 0.0
-    """Share of a GPU for the evaluator."""
+    typographic: TypographicSetConfig = field(default_factory=TypographicSetConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)
 
 
 @dataclass
@@ -376,16 +429,39 @@ class FilterConfig:
 
 @dataclass
 class AttackSettings:
+    """What is written on the pictures, and how. The defaults are the authors' recipe (``attack=authors``)."""
+
+    name: str = "authors"
     classes: str = MISSING
-    """JSON file {"written_class": [index for each class]} or the word ``random`` (drawn from ``seed``). Never chosen silently."""
+    """Which wrong class, never chosen silently: ``confusions`` (of a model: ``predictions``, and ``model`` for classes that it never takes for
+    another), ``nearest`` (nearest text embedding of ``model``), ``random`` (drawn from ``seed`` for each picture), or a JSON file: {class:
+    class} by folder or class names, or {"written_class": [index for each class]}."""
+    predictions: str | None = None
+    """Of ``classes=confusions``: E/predictions/imagenet_MODEL.parquet of ``raysys evaluate``."""
+    model: str | None = None
+    """Of ``classes=nearest`` and ``confusions``; as ``model`` of evaluate."""
+    pretrained: str | None = None
     seed: int = 0
-    font: str | None = None
-    """TrueType file (the authors: Arial Unicode); null takes DejaVu Sans from the matplotlib wheel. The manifest names it."""
+    fonts: list[str] = field(default_factory=list)
+    """TrueType files (the authors: Arial Unicode), or names of fonts in the matplotlib wheel (``DejaVuSerif-Bold``), one drawn for each
+    picture; none is DejaVu Sans. The manifest names them."""
     font_px: int = 50
-    """Size of the letters (the authors': 50, on the picture's original size)."""
+    """Size of the letters on the picture's original size."""
+    font_frac: list[float] = field(default_factory=list)
+    """[low, high] instead of ``font_px``: drawn for each picture, as a share of its short side."""
     x_px: int = 50
     y_px: int = 50
+    """Left upper corner of the text."""
+    random_place: bool = False
+    """Draw the place instead, such that the text lies in the picture where it fits."""
     color: list[int] = field(default_factory=lambda: [255, 0, 0])
+    random_color: bool = False
+    max_rotation_deg: float = 0.0
+    """Turn the text by an angle drawn from minus this to this."""
+    background: float = 0.0
+    """Chance of a plain box behind the text, black or white, whichever differs more from the text."""
+    overflow: str = "cut"
+    """Text longer than the picture is wide: ``cut`` off at the edge, ``fit`` (smaller letters) or ``wrap`` (lines, then smaller letters)."""
 
 
 @dataclass
@@ -393,15 +469,27 @@ class AttackConfig:
     output: str = MISSING
     imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
     attack: AttackSettings = field(default_factory=AttackSettings)
+    num_actors: int = 0
+    """Processes that draw at once; 0 is one for each CPU of the cluster."""
     ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass
+class ModelConfig:
+    model: str = MISSING
+    """As ``model``."""
+    pretrained: str | None = None
 
 
 @dataclass
 class EvaluateConfig(QuestionsConfig):
     output: str = MISSING
-    model: str = MISSING
+    model: str | None = None
+    """An open_clip name, a model of conf/models, a JSON config file, ``local-dir:DIR`` or a run folder."""
     pretrained: str | None = None
     """open_clip's tag, a file, or the word ``random``; not needed for run folders and ``local-dir:``."""
+    models: dict[str, ModelConfig] = field(default_factory=dict)
+    """Several instead of one: ``models.NAME.model=... models.NAME.pretrained=...``; every other one is compared with the first."""
     ray: RayConfig = field(default_factory=RayConfig)
 
 
@@ -410,7 +498,7 @@ class SweepConfig(TrainConfig):
     """One evaluator serves all trials, each at its end."""
 
     evaluators: list[str] = MISSING
-    """Some of imagenet, coco, retrieval, imagenet_attr."""
+    """Some of imagenet, coco, retrieval, imagenet_attr, typographic."""
     space: str = MISSING
     """Name in conf/space or a YAML file: dotted key of the train config -> list of values."""
     num_samples: int = 1
@@ -578,7 +666,40 @@ def check_evaluators(cfg: QuestionsConfig) -> None:
     for name in cfg.evaluators:
         _one_of("evaluators", name, EVALUATORS)
         _require(getattr(cfg, name).path is not None, f"evaluator {name} needs {name}.path=...")
-    _positive("batch_size", cfg.batch_size)
+    check_service(cfg.service)
+
+
+def check_service(service: ServiceConfig) -> None:
+    _positive("service.batch_size", service.batch_size)
+    _require(service.num_actors >= 0, f"service.num_actors={service.num_actors} must not be negative")
+    gpus = service.num_gpus_per_actor
+    _require(
+        gpus >= 0 and (gpus <= 1 or gpus == int(gpus)), f"service.num_gpus_per_actor={gpus} must be a share of a GPU or whole GPUs"
+    )
+    _one_of("service.precision", service.precision, PRECISIONS)
+
+
+def check_attack(attack: AttackSettings) -> None:
+    color, frac = attack.color, attack.font_frac
+    _require(
+        len(color) == 3 and all(0 <= c <= 255 for c in color),
+        f"attack.color={color} must be three numbers 0..255 (red, green, blue)",
+    )
+    _positive("attack.font_px", attack.font_px)
+    in_order = len(frac) == 2 and 0 < frac[0] <= frac[1] <= 1
+    _require(not frac or in_order, f"attack.font_frac={frac} must be [low,high] with 0 < low <= high <= 1")
+    _share("attack.background", attack.background)
+    _require(0 <= attack.max_rotation_deg <= 180, f"attack.max_rotation_deg={attack.max_rotation_deg} must lie in 0..180")
+    _one_of("attack.overflow", attack.overflow, OVERFLOWS)
+    if attack.classes == "confusions":
+        _require(
+            attack.predictions is not None,
+            "attack.classes=confusions needs attack.predictions=E/predictions/imagenet_MODEL.parquet",
+        )
+    else:
+        _require(attack.predictions is None, "attack.predictions is for attack.classes=confusions")
+    if attack.classes == "nearest":
+        _require(attack.model is not None, "attack.classes=nearest needs attack.model=MODEL")
 
 
 def check_corpus(corpus: CorpusConfig, *, needed: bool) -> None:
@@ -620,14 +741,17 @@ def check(cfg: Any) -> None:
     if isinstance(cfg, SweepConfig):
         _positive("num_samples", cfg.num_samples)
         _positive("max_concurrent", cfg.max_concurrent)
+    if isinstance(cfg, EvaluateConfig):
+        _require(cfg.model is not None or bool(cfg.models), "missing: model=... (or models.NAME.model=... for several)")
+        _require(cfg.model is None or not cfg.models, "model and models are both given; leave one out")
+        _require(not cfg.models or cfg.pretrained is None, "pretrained is of model; of several write models.NAME.pretrained=...")
+        for name in cfg.models:
+            good = re.fullmatch(r"[\w-]+", name) is not None
+            _require(good, f"models.{name}: a model's name is part of file names; use letters, digits, _ and -")
     if isinstance(cfg, AttackConfig):
         _require(cfg.imagenet.path is not None, "attack needs imagenet.path=FOLDER, one folder of pictures a class")
-        color = cfg.attack.color
-        _require(
-            len(color) == 3 and all(0 <= c <= 255 for c in color),
-            f"attack.color={color} must be three numbers 0..255 (red, green, blue)",
-        )
-        _positive("attack.font_px", cfg.attack.font_px)
+        _require(cfg.num_actors >= 0, f"num_actors={cfg.num_actors} must not be negative")
+        check_attack(cfg.attack)
     if isinstance(cfg, DemoConfig):
         _require(cfg.num_scenes >= 1000, f"demo: num_scenes={cfg.num_scenes} must be at least 1000")
         _share("text_share", cfg.text_share)

@@ -3,7 +3,7 @@
 Draw scenes, find their text with the real OCR models, filter, train one model on everything and one on what was kept (same steps,
 seed and recipe), write wrong words on held-out scenes, ask both models three questions, and report.
 
-    D/scenes  D/annotations  D/selection  D/raw  D/filtered  D/attacked  D/evaluation/{raw,filtered}  D/results.json  D/report.html
+    D/scenes  D/annotations  D/selection  D/raw  D/filtered  D/attacked  D/evaluation  D/results.json  D/report.html
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray
 
+from raysys.attack.on_ray import attack
 from raysys.cluster import ray_session
 from raysys.config import (
     AnnotateConfig,
@@ -28,14 +29,15 @@ from raysys.config import (
     DemoConfig,
     EvaluateConfig,
     FilterConfig,
+    ModelConfig,
     PolicyConfig,
     RetrievalSetConfig,
     TrainConfig,
 )
 from raysys.corpus import scenes
 from raysys.corpus.shards import iter_samples, open_corpus
-from raysys.evaluation.evaluator import PRIMARY
-from raysys.evaluation.on_ray import attack, evaluate
+from raysys.evaluation.metrics import PRIMARY
+from raysys.evaluation.on_ray import evaluate
 from raysys.policy.policy import TEXT_AREA
 from raysys.policy.select import filter_annotations
 from raysys.progress import Progress
@@ -85,8 +87,7 @@ def demo(cfg: DemoConfig) -> None:
             classes="random", seed=cfg.seed, font_px=20, x_px=8, y_px=46
         )  # the authors' recipe, scaled to 112 px
         attack(AttackConfig(output=output.join("attacked"), imagenet=classes, attack=writing, ray=cfg.ray))
-        for name in ("raw", "filtered"):
-            evaluate(_questions(cfg, output, name, classes))
+        evaluate(_questions(cfg, output, classes))
     results = {name: _answers(output, name) for name in ("raw", "filtered")} | {"text_detector": measure_text_detector(output)}
     write_json(output.join("results.json"), results)
     output.finish({"scenes": cfg.num_scenes, "steps": cfg.train.steps}, minutes=round((time.time() - started) / 60, 1))
@@ -131,10 +132,10 @@ def _templates(output: Output) -> str:
     return file
 
 
-def _questions(cfg: DemoConfig, output: Output, name: str, classes: ClassSetConfig) -> EvaluateConfig:
+def _questions(cfg: DemoConfig, output: Output, classes: ClassSetConfig) -> EvaluateConfig:
     return EvaluateConfig(
-        output=output.join("evaluation", name),
-        model=output.join(name),
+        output=output.join("evaluation"),
+        models={name: ModelConfig(output.join(name)) for name in ("raw", "filtered")},
         evaluators=list(QUESTIONS.values()),
         imagenet=classes,
         imagenet_attr=replace(classes, path=output.join("attacked")),
@@ -144,9 +145,7 @@ def _questions(cfg: DemoConfig, output: Output, name: str, classes: ClassSetConf
 
 
 def _answers(output: Output, name: str) -> dict[str, float]:
-    files = {
-        column: output.join("evaluation", name, "results", f"{evaluator}_{name}.json") for column, evaluator in QUESTIONS.items()
-    }
+    files = {column: output.join("evaluation", "results", f"{evaluator}_{name}.json") for column, evaluator in QUESTIONS.items()}
     return {column: read_json(file)["metrics"][PRIMARY[QUESTIONS[column]]] for column, file in files.items()}
 
 

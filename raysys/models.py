@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import open_clip
+import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import constants as hub
@@ -150,6 +151,7 @@ def load_model(
     device: str = "cpu",
     patch_dropout: float | None = None,
     init: Mapping[str, float] = MappingProxyType({}),
+    stretch: bool = False,
 ) -> LoadedModel:
     """Build a model and load its weights (``weights_only``).
 
@@ -157,6 +159,7 @@ def load_model(
         folder gives the architecture only.
     :param patch_dropout: of the built model only, in place of the config's; None leaves it.
     :param init: ``init_logit_scale`` and ``init_logit_bias`` that the config gets where it names none.
+    :param stretch: let open_clip fit position embeddings to another image size or context length, as a training may start from.
     :raises UserError: for an unknown name, missing or unfit weights, or a download that fails.
     """
     check_model(spec, pretrained)
@@ -167,7 +170,7 @@ def load_model(
         how[key] = source.config.setdefault(key, value)
     with ExitStack() as stack:
         stack.enter_context(quiet())
-        folder = None
+        folder = weights = None
         if source.folder:
             local = stack.enter_context(_local_copy(source.folder, weights=pretrained is None))
             folder = f"local-dir:{local}"
@@ -178,6 +181,7 @@ def load_model(
         tokenizer = _tokenizer(spec, spec if spec.startswith("hf-hub:") else folder or name)
         if pretrained is None and folder:
             model = _build(spec, folder, require_pretrained=True, **how)
+            weights = os.path.join(folder.removeprefix("local-dir:"), WEIGHTS_FILE)
         elif pretrained is None:
             model = _download(spec, None, require_pretrained=True, **how)
         elif pretrained == RANDOM:
@@ -189,8 +193,10 @@ def load_model(
             if quick:
                 source.config["quick_gelu"] = True
         else:
-            file = stack.enter_context(_local_copy(pretrained))
-            model = _build(spec, name, pretrained=file, force_preprocess_cfg=source.preprocess_cfg, **how)
+            weights = stack.enter_context(_local_copy(pretrained))
+            model = _build(spec, name, pretrained=weights, force_preprocess_cfg=source.preprocess_cfg, **how)
+        if weights is not None and not stretch:
+            _refuse_stretched(spec, weights, model)
     visual: Any = model.visual
     preprocess_cfg = dict(visual.preprocess_cfg)
     preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
@@ -315,6 +321,33 @@ def _build(spec: str, name: str, *, pretrained: str | None = None, **how: Any) -
         first = " ".join(str(error).split())[:200]
         weights = f" with the weights of {pretrained}" if pretrained else ""
         raise UserError(f"model={mask(spec)}{weights} cannot be built: {first}") from error
+
+
+def _refuse_stretched(spec: str, weights: str, model: torch.nn.Module) -> None:
+    """open_clip stretches position embeddings that do not fit, and says so in its log only: another model under the same name."""
+    there = _shapes(weights)
+    for key, tensor in model.state_dict().items():
+        if key.endswith("positional_embedding") and there.get(key, tensor.shape) != tensor.shape:
+            what = "image size" if key.startswith("visual") else "context length"
+            raise UserError(
+                f"model={mask(spec)}: its {what} gives {tensor.shape[0]} positions, the weights of {mask(weights)} have {there[key][0]}; "
+                f"name the model that they were trained as"
+            )
+
+
+def _shapes(weights: str) -> dict[str, torch.Size]:
+    """Of the tensors in a file; none of a format that only open_clip reads."""
+    if weights.endswith(".safetensors"):
+        if not os.path.isfile(weights):
+            return {}
+        with safetensors.safe_open(weights, "pt") as file:
+            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  # no dict
+    try:
+        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    except (*_UNREADABLE, RuntimeError):
+        return {}
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {key.removeprefix("module."): value.shape for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _download(name: str, tag: str | None, **how: Any) -> torch.nn.Module:

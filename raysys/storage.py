@@ -305,10 +305,11 @@ def _json(value: Any) -> bytes:
 def identity(path: str) -> str:
     """Size and etag or modification time: what changes when a file does."""
     fs, inner = open_fs(path)
-    return _identity(fs.info(inner))
+    return identity_of(fs.info(inner))
 
 
-def _identity(info: dict[str, Any]) -> str:
+def identity_of(info: dict[str, Any]) -> str:
+    """The same from an entry of a listing."""
     stamp = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
     return f"{info['size']}:{str(stamp).strip(chr(34))}"
 
@@ -359,7 +360,8 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[FileInfo
     for pattern in patterns:
         fs, inner = open_fs(pattern)
         if _glob.has_magic(inner):
-            files = {name: info for name, info in fs.glob(inner, detail=True).items() if info["type"] == "file"}
+            matches = fs.glob(inner, detail=True)
+            files = {name: i for name, i in matches.items() if i["type"] == "file" or (i.get("islink") and fs.isfile(name))}
             roots += [os.path.dirname(name) for name in files]
         else:
             parent, inner = os.path.dirname(inner.rstrip("/")), inner.rstrip("/")
@@ -387,7 +389,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[FileInfo
     if not root:
         raise UserError(f"{mask(path)}: names several buckets; make each a source (corpus.sources.NAME.path=...)")
     protocol = "" if is_local(path) else path.split("://")[0] + "://"
-    infos = [FileInfo(f[len(root) :].removeprefix("/"), i["size"], _identity(i), _modified(i)) for f, i in sorted(found.items())]
+    infos = [FileInfo(f[len(root) :].removeprefix("/"), i["size"], identity_of(i), _modified(i)) for f, i in sorted(found.items())]
     return protocol + root, infos
 
 

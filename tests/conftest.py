@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +32,12 @@ from raysys.regions.recognizer import Reading
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Decoded evaluation sets lie in the system's temporary folder: what an earlier run left there must not answer for this one's code.
+_TEMPORARY = tempfile.gettempdir()
+for _key in ("RAY_TMPDIR", "PYTEST_DEBUG_TEMPROOT"):
+    os.environ.setdefault(_key, _TEMPORARY)
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="raysys-tests-")
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 TINY_VIT = {
     "embed_dim": 32,

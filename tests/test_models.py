@@ -11,6 +11,7 @@ from typing import Any
 
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -183,6 +184,24 @@ def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finished"):
         load_model(write_run(tmp_path / "run", finished=False), None)
+
+
+@pytest.mark.parametrize(("part", "key", "value"), [("vision_cfg", "image_size", 64), ("text_cfg", "context_length", 20)])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_weights_of_another_image_size_or_context_are_stretched_only_to_train(
+    part: str, key: str, value: int, kind: str, tiny: str, tmp_path: Path
+) -> None:
+    state = load_model(tiny, "random").model.state_dict()
+    weights = tmp_path / f"weights.{kind}"
+    if kind == "pt":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, weights)  # as open_clip_train saves
+    else:
+        safetensors.torch.save_file(state, weights)
+    (tmp_path / "other.json").write_text(json.dumps(VIT | {part: VIT[part] | {key: value}}))
+    with pytest.raises(UserError, match="image size" if key == "image_size" else "context length"):
+        load_model(str(tmp_path / "other.json"), str(weights))
+    load_model(str(tmp_path / "other.json"), str(weights), stretch=True)
+    load_model(tiny, str(weights))
 
 
 def test_weights_of_another_model_are_refused(tiny: str, tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from raysys.config import ModelConfig, ServiceConfig
+from raysys.evaluation.evaluator import SetResult
+from raysys.evaluation.metrics import CLASSIFICATION, metrics
+from raysys.evaluation.results import read_results, write_comparison, write_result
 from raysys.regions.annotations import SCHEMA, AnnotationFiles
 from raysys.reporting import html
 from raysys.reporting.html import report, series_of
-from raysys.storage import UserError, identity, write_json
+from raysys.storage import UserError, identity, open_output, write_json
 
 HOSTILE = '<script>alert("caption")</script>"><img onerror=alert(1)>'
 REGION = {
@@ -114,7 +118,8 @@ def attack(path: Path) -> Path:
     out = folder(path, "attack", {}, {"pictures": 2})
     rows = [
         {"picture": f"n{i}/x.JPEG", "true_class": i, "written_class": 1 - i, "text": ("goldfish", "tench")[i],
-         "font": "DejaVuSans.ttf", "font_sha256": "0", "font_px": 50, "color": [255, 0, 0], "x_px": 50, "y_px": 50}
+         "font": "DejaVuSans.ttf", "font_sha256": "0", "font_px": 50, "color": [255, 0, 0], "x_px": 50, "y_px": 50,
+         "rotation_deg": (0.0, -7.25)[i], "background": None, "visible_share": (1.0, 0.4)[i]}
         for i in range(2)
     ]  # fmt: skip
     write_parquet(out / "attack.parquet", rows)
@@ -125,16 +130,43 @@ def attack(path: Path) -> Path:
     return out
 
 
-def evaluation(path: Path, attacked: Path, model: str = "my-model") -> Path:
-    out = folder(path, "evaluate", {"model": f"/runs/{model}", "imagenet_attr": {"path": str(attacked)}}, {"sets": 2})
-    for dataset, metrics in (("imagenet_attr", {"acc1": 0.5, "num_pictures": 2}), ("retrieval", {"mean_recall@1": 0.4321})):
-        result = {"dataset": dataset, "model": model, "pretrained": "run", "task": "t", "metrics": metrics, "language": "en"}
-        write_json(str(out / "results" / f"{dataset}_{model}.json"), result)
-    predictions = [
-        {"picture": "n0/x.JPEG", "true_class": 0, "predicted_class": 0, "written_class": 1},
-        {"picture": "n1/x.JPEG", "true_class": 1, "predicted_class": 0, "written_class": 0},
-    ]
-    write_parquet(out / "predictions" / "imagenet_attr.parquet", predictions)
+SURE = {"acc1": (0.5, [0.0, 1.0]), "attack_success_rate": (0.25, [0.125, 0.375])}
+
+
+def evaluation(path: Path, attacked: Path, *models: str) -> Path:
+    """Each model names both pictures "tench"; the attacked set and a retrieval set of one's own."""
+    models = models or ("my-model",)
+    specs = {name: {"model": f"/runs/{name}", "pretrained": None} for name in models}
+    out = folder(
+        path, "evaluate", {"models": specs, "imagenet_attr": {"path": str(attacked)}}, {"imagenet_attr": 2, "retrieval": 3}
+    )
+    for name in models:
+        for evaluator, shares in (("imagenet_attr", SURE), ("retrieval", {"mean_recall@1": (0.4321, [0.4, 0.5])})):
+            result = {
+                "dataset": evaluator,
+                "model": f"/runs/{name}",
+                "pretrained": "",
+                "task": "t",
+                "metrics": {metric: value for metric, (value, _) in shares.items()} | {"num_pictures": 2},
+                "language": "en",
+                "name": name,
+                "evaluator": evaluator,
+                "precision": "fp32",
+                "intervals": {metric: ends for metric, (_, ends) in shares.items()},
+                "notes": [f"pictures of <2> of 1,000 classes of {evaluator}"],
+            }
+            if evaluator == "imagenet_attr":
+                result["drop"] = {"value": 0.125, "low": -0.0625, "high": 0.3125}
+            write_json(str(out / "results" / f"{evaluator}_{name}.json"), result)
+        predictions = [
+            {"picture": "n0/x.JPEG", "true_class": 0, "predicted_class": 0, "written_class": 1},
+            {"picture": "n1/x.JPEG", "true_class": 1, "predicted_class": 0, "written_class": 0},
+        ]
+        write_parquet(out / "predictions" / f"imagenet_attr_{name}.parquet", predictions)
+    if len(models) > 1:
+        difference = {"difference": 0.25, "low": 0.125, "high": 0.375, "p": 0.0312}
+        who = {"evaluator": "imagenet_attr", "first": models[0], "second": models[1]}
+        write_json(str(out / "comparison.json"), [who | {"metric": m} | difference for m in SURE])
     return out
 
 
@@ -235,17 +267,105 @@ def test_run_without_metrics_says_so(tmp_path: Path) -> None:
     assert "metrics.jsonl is missing" in page and "Not finished" in page
 
 
-def test_attack_shows_pictures_with_both_names(tmp_path: Path) -> None:
+def test_attack_shows_pictures_with_both_names_and_how_each_was_drawn(tmp_path: Path) -> None:
     page = page_of(attack(tmp_path / "attacked"))
     assert page.count("data:image/jpeg;base64,") == 2
-    assert "shows tench" in page and "says “goldfish”" in page and "DejaVuSans.ttf" in page
+    assert "shows tench" in page and "says “goldfish”" in page
+    assert "<td>font</td><td>DejaVuSans.ttf</td>" in page and "<td>rotation_deg</td><td>-7.2 to 0.0</td>" in page
+    assert (
+        "<div>rotation_deg -7.2 · visible_share 40%</div>" in page
+    )  # of the second picture; what never varies stands in the table only
+
+
+def test_attacked_pictures_in_parquet_are_shown_too(tmp_path: Path) -> None:
+    out = attack(tmp_path / "attacked")
+    rows = pq.read_table(out / "attack.parquet").to_pylist()
+    pictures = [{"image": {"bytes": jpeg("blue"), "path": None}, "label": i} for i in range(2)]
+    for i in range(2):
+        (out / f"n{i}" / "x.JPEG").unlink()
+        (out / f"n{i}").rmdir()
+        rows[i]["picture"] = f"test.parquet/{i}"
+    write_parquet(out / "test.parquet", pictures)
+    write_parquet(out / "attack.parquet", rows)
+    page = page_of(out)
+    assert page.count("data:image/jpeg;base64,") == 2 and "not shown" not in page
+
+
+def test_an_attack_that_has_not_ended_says_so(tmp_path: Path) -> None:
+    out = attack(tmp_path / "attacked")
+    (out / "attack.parquet").unlink()
+    page = page_of(out)
+    assert "Nothing to show" in page and "attack.parquet" in page
 
 
 def test_evaluation_stands_next_to_the_reference_rows_and_answers(tmp_path: Path) -> None:
     page = page_of(evaluation(tmp_path / "evaluation", attack(tmp_path / "attacked")))
-    assert "<td>50.00%</td>" in page and "<td>68.78%</td>" in page
-    assert "<td>43.21%</td>" in page and "77.00" not in page  # no reference for a set of one's own
+    assert "<td>my-model</td><td>/runs/my-model</td>" in page
+    assert "<td>50.00% [0.00,\u00a0100.00]</td>" in page and "<td>25.00% [12.50,\u00a037.50]</td>" in page
+    assert "<td>12.50% [-6.25,\u00a031.25]</td>" in page  # the drop
+    assert "<td>68.78%</td>" in page
+    assert "<td>43.21% [40.00,\u00a050.00]</td>" in page and "77.00" not in page  # no reference for a set of one's own
+    assert "pictures of &lt;2&gt; of 1,000 classes of imagenet_attr" in page
     assert "my-model: tench ✓" in page and "my-model: tench ✗ read it" in page
+    assert "<figcaption>What stands for each set</figcaption>" in page and "Models compared" not in page
+
+
+def test_what_evaluate_writes_is_what_the_page_reads(tmp_path: Path) -> None:
+    attacked = attack(tmp_path / "attacked")
+    output = open_output(str(tmp_path / "E"), "evaluate", {"models": {"b": {}, "a": {}}, "imagenet_attr": {"path": str(attacked)}})
+    for name, rank in (("b", [1, 1]), ("a", [1, 2])):
+        for evaluator in ("imagenet", "imagenet_attr"):
+            table = pa.table({
+                "picture": [f"n{i}/x.JPEG" for i in range(2)], "true_class": pa.array([0, 1], pa.int32()),
+                "predicted_class": pa.array([0, 2 - rank[1]], pa.int32()), "true_rank": pa.array(rank, pa.int32()),
+            })  # fmt: skip
+            if evaluator == "imagenet_attr":
+                written = {"written_class": pa.array([1, 0], pa.int32()), "written_rank": pa.array([2, 3 - rank[1]], pa.int32())}
+                for column, values in (written | {"self_attack": pa.array([False, False])}).items():
+                    table = table.append_column(column, values)
+            result = SetResult(evaluator, evaluator, CLASSIFICATION, metrics(CLASSIFICATION, table), table, ["a note"])
+            write_result(output, name, ModelConfig(f"/runs/{name}"), ServiceConfig(), result)
+    write_comparison(output, read_results(output, ["imagenet", "imagenet_attr"], ["b", "a"]))
+    page = page_of(tmp_path / "E")
+    assert page.index("<td>b</td><td>/runs/b</td>") < page.index("<td>a</td><td>/runs/a</td>")
+    assert "<td>imagenet_attr</td><td>acc1</td><td>a - b</td><td>-50.00</td>" in page
+    assert "acc1 drop (clean - attacked)" in page and "b: goldfish ✓" in page and "a: tench ✗ read it" in page
+
+
+def test_other_classes_than_imagenets_have_no_reference_rows(tmp_path: Path) -> None:
+    out = evaluation(tmp_path / "evaluation", attack(tmp_path / "attacked"))
+    file = out / "results" / "imagenet_attr_my-model.json"
+    result = json.loads(file.read_text())
+    result["metrics"]["num_classes"] = 2
+    write_json(str(file), result)
+    page = page_of(out)
+    assert "68.78%" not in page and '<p class="note">2 pictures, 2 classes</p>' in page
+
+
+def test_models_of_an_evaluation_are_compared_in_the_order_in_which_they_were_named(tmp_path: Path) -> None:
+    page = page_of(evaluation(tmp_path / "evaluation", attack(tmp_path / "attacked"), "raw", "<b>filtered"))
+    table = page[page.index("<h2>imagenet_attr</h2>") : page.index("<h2>retrieval</h2>")]
+    assert table.index("<td>raw</td>") < table.index("<td>&lt;b&gt;filtered</td>")
+    row = "<td>imagenet_attr</td><td>{}</td><td>&lt;b&gt;filtered - raw</td><td>+25.00</td><td>[12.50,\u00a037.50]</td><td>0.0312</td>"
+    assert f'<tr class="marked">{row.format("acc1")}' in page and f"<tr>{row.format('attack_success_rate')}" in page
+    assert "raw: tench ✗ read it" in page and "&lt;b&gt;filtered: tench ✗ read it" in page
+    assert "<b>filtered" not in page
+
+
+def test_a_model_without_predictions_and_a_set_that_is_gone_are_said(tmp_path: Path) -> None:
+    out = evaluation(tmp_path / "evaluation", attack(tmp_path / "attacked"), "raw", "filtered")
+    (out / "predictions" / "imagenet_attr_raw.parquet").unlink()
+    page = page_of(out)
+    assert "No answers of raw: imagenet_attr_raw.parquet is missing." in page and "filtered: tench ✓" in page
+    gone = page_of(evaluation(tmp_path / "other", tmp_path / "gone"))
+    assert "Nothing to show" in gone and "<td>50.00% [" in gone
+
+
+def test_results_of_another_program_are_said_not_shown(tmp_path: Path) -> None:
+    out = evaluation(tmp_path / "evaluation", attack(tmp_path / "attacked"))
+    write_json(str(out / "results" / "theirs.json"), {"dataset": "imagenet1k", "model": "ViT-B-32", "metrics": {"acc1": 0.6}})
+    page = page_of(out)
+    assert "theirs.json was not written by this version" in page and "shows tench" in page
 
 
 def test_sweep_marks_the_front_and_shows_the_best_point(tmp_path: Path) -> None:
@@ -265,7 +385,7 @@ def test_demo_puts_the_difference_first_and_composes_the_other_pages(tmp_path: P
     attacked = attack(tmp_path / "attacked")
     for name in ("raw", "filtered"):
         run(tmp_path / name)
-        evaluation(tmp_path / "evaluation" / name, attacked, name)
+    evaluation(tmp_path / "evaluation", attacked, "raw", "filtered")
     results = {
         "raw": {"clean": 0.77, "retrieval": 0.5, "attacked": 0.28},
         "filtered": {"clean": 0.92, "retrieval": 0.6, "attacked": 0.66},
@@ -274,7 +394,13 @@ def test_demo_puts_the_difference_first_and_composes_the_other_pages(tmp_path: P
     write_json(str(out / "results.json"), results)
     page = page_of(out)
     assert re.search(r"<td>attacked</td>\s*<td>28.0%</td>\s*<td>66.0%</td>\s*<td>\+38.0</td>", page)
-    assert page.index("+38.0") < page.index("Kept 2 of 4") < page.index("Training") < page.index("Attacked pictures")
+    assert (
+        page.index("+38.0")
+        < page.index("Kept 2 of 4")
+        < page.index("Training")
+        < page.index("Models compared")
+        < page.index("Attacked pictures")
+    )
     assert "filtered: tench ✓" in page and "raw: tench ✓" in page and "<td>97.0%</td>" in page
 
 

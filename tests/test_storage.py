@@ -9,6 +9,7 @@ import pytest
 from raysys.storage import (
     UserError,
     expand_braces,
+    find_files,
     identity,
     list_files,
     mask,
@@ -38,6 +39,15 @@ def test_folder_glob_and_braces_find_the_same_files(tmp_path: Path) -> None:
     assert list_files(str(tmp_path), ".tar") == expected
     assert list_files(f"{tmp_path}/t-*.tar", ".tar") == expected
     assert list_files(f"{tmp_path}/t-{{0..1}}.tar", ".tar") == expected
+
+
+def test_glob_follows_links_to_files(tmp_path: Path) -> None:
+    """As Hugging Face's cache lies on disk."""
+    (tmp_path / "blob").write_bytes(b"abc")
+    (tmp_path / "a.tar").symlink_to(tmp_path / "blob")
+    (tmp_path / "b.tar").symlink_to(tmp_path, target_is_directory=True)
+    _, found = find_files(f"{tmp_path}/*.tar", (".tar",))
+    assert [(file.path, file.size) for file in found] == [("a.tar", 3)]
 
 
 def test_same_name_in_two_folders_is_two_shards(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import noise_jpeg, sample, write_tar
 
-from raysys.config import CorpusConfig, LoopConfig, OptimConfig, RetrievalSetConfig, TrainConfig
+from raysys.config import CorpusConfig, LoopConfig, OptimConfig, RetrievalSetConfig, ServiceConfig, TrainConfig
 from raysys.evaluation.evaluator import Evaluator
 from raysys.models import LoadedModel, load_model
 from raysys.training import checkpoint, step
@@ -28,7 +28,7 @@ class HereAndNow:
     """A validator that answers when it is waited for, and not before."""
 
     def __init__(self, path: Path, *, fails_at: int | None = None) -> None:
-        self.evaluator = Evaluator({"retrieval": RetrievalSetConfig(str(path))}, batch_size=16)
+        self.evaluator = Evaluator({"retrieval": RetrievalSetConfig(str(path))}, ServiceConfig(batch_size=16))
         self.questions, self.fails_at = 0, fails_at
 
     def set_model(self, blueprint: LoadedModel) -> None:
@@ -45,7 +45,7 @@ class HereAndNow:
         if number == self.fails_at:
             return "the evaluator died"
         self.blueprint.model.load_state_dict(weights)
-        recall = self.evaluator.evaluate_loaded(self.blueprint)["retrieval"]["mean_recall@1"]
+        recall = next(self.evaluator.results_of(self.blueprint)).metrics["mean_recall@1"]
         return {SCORE: recall, "val/retrieval/mean_recall@1": recall}
 
 
@@ -88,10 +88,10 @@ def test_scores_are_those_of_the_weights_at_their_steps(cfg: TrainConfig, pairs:
     there = checkpoint.steps_there(cfg.output)
     best = max(scores(lines), key=lambda at: (scores(lines)[at], at))
     assert there == sorted({best, 8})  # the newest and the best stay, though scores came late
-    evaluator = Evaluator({"retrieval": RetrievalSetConfig(str(pairs))}, batch_size=16)
+    evaluator = Evaluator({"retrieval": RetrievalSetConfig(str(pairs))}, ServiceConfig(batch_size=16))
     for number in there:
         loaded = load_model(cfg.model, f"{cfg.output}/checkpoints/step-{number}/state.pt")
-        assert evaluator.evaluate_loaded(loaded)["retrieval"]["mean_recall@1"] == pytest.approx(scores(lines)[number])
+        assert next(evaluator.results_of(loaded)).metrics["mean_recall@1"] == pytest.approx(scores(lines)[number])
     assert f"validation after step 8: score {scores(lines)[8]:.4f}, retrieval/mean_recall@1 {scores(lines)[8]:.4f}" in said
     card = (Path(cfg.output) / "open_clip" / "README.md").read_text()
     assert f"{scores(lines)[8]:.4f}" in card

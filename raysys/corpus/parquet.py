@@ -7,7 +7,8 @@ is the picture's path without its suffix, else the row's number.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -72,6 +73,43 @@ def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
                 return _sample(index, {columns["image"]: column[index].as_py()}, {"image": columns["image"]}).image or b""
             index -= rows
     raise IndexError(f"{path} has no row {index}")
+
+
+def row_group_images(path: str, group: int) -> list[bytes | None]:
+    """The bytes of every picture of a row group; None where there is none."""
+    with reading(path, ahead_bytes=0) as file:
+        table = _open(file)
+        columns = {"image": _columns(table.schema_arrow)["image"]}
+        rows = table.read_row_group(group, columns=_leaves(columns)).to_pylist()
+        return [_sample(index, row, columns).image for index, row in enumerate(rows)]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What stands beside the pictures of a file."""
+
+    table: pa.Table
+    """The columns that were asked for, as far as they are there; its schema has the file's metadata."""
+    row_groups: list[int]
+    """Rows of each row group."""
+
+
+def read_columns(path: str, names: Collection[str]) -> Columns:
+    """Columns by their names, whole; the column of pictures is never among them.
+
+    :raises DamagedShard: for a file that is no Parquet, or has no pictures.
+    """
+    with reading(path, ahead_bytes=0) as file:
+        table = _open(file)
+        image, meta = _columns(table.schema_arrow)["image"], table.metadata
+        rows = [meta.row_group(i).num_rows for i in range(table.num_row_groups)]
+        wanted = [name for name in table.schema_arrow.names if name in names and name != image]
+        try:
+            content = table.read(columns=wanted)
+        except (pa.ArrowException, OSError) as error:
+            _refuse_storage_error(error)
+            raise DamagedShard(f"columns {', '.join(wanted)} cannot be read ({error})") from error
+    return Columns(content, rows)
 
 
 def _open(file: BinaryIO) -> pq.ParquetFile:

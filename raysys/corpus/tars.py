@@ -26,7 +26,7 @@ _READ = (*IMAGE_SUFFIXES, "txt", "json")
 
 
 @dataclass
-class _Group:
+class SampleGroup:
     """Members of one sample."""
 
     key: str
@@ -50,7 +50,7 @@ def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
     with reading(path) as file:
         file.seek(part.start if part else 0)
         index = part.first if part else 0
-        for group in _groups(file, end=part.end if part else None, read=True):
+        for group in sample_groups(file, end=part.end if part else None, read=True):
             yield _sample(index, group)
             index += 1
 
@@ -61,7 +61,7 @@ def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
     with reading(path) as file:
         first = count = start = end = 0
         try:
-            for group in _groups(file, end=None, read=False):
+            for group in sample_groups(file, end=None, read=False):
                 start = start if count else group.start
                 count, end = count + 1, group.end
                 if end - start >= part_bytes:
@@ -113,7 +113,7 @@ def iter_spans(path: str) -> Iterator[tuple[int, int, int]]:
     """
     fs, inner = open_fs(path)
     with fs.open(inner, "rb", block_size=4 << 20) as file:  # of an object store, whose default holds 50 MB
-        for index, group in enumerate(_groups(file, end=None, read=False)):
+        for index, group in enumerate(sample_groups(file, end=None, read=False)):
             bare = sum(tarfile.BLOCKSIZE * (1 + -(-length // tarfile.BLOCKSIZE)) for _, _, length in group.members.values())
             if group.end - group.start == bare:
                 yield index, group.start, group.end
@@ -124,9 +124,9 @@ def iter_spans(path: str) -> Iterator[tuple[int, int, int]]:
                     yield index, member.offset, tar.offset
 
 
-def _groups(file: BinaryIO, *, end: int | None, read: bool) -> Iterator[_Group]:
+def sample_groups(file: BinaryIO, *, end: int | None, read: bool) -> Iterator[SampleGroup]:
     """Samples from where the file stands to the byte ``end``, or to the end of the archive. :raises DamagedShard: as tarfile finds it."""
-    group: _Group | None = None
+    group: SampleGroup | None = None
     try:
         for tar, member in _members(file, end):
             key, suffix = _split_name(member.name)
@@ -135,7 +135,7 @@ def _groups(file: BinaryIO, *, end: int | None, read: bool) -> Iterator[_Group]:
             if group is None or key != group.key or suffix in group.members:
                 if group is not None:
                     yield group
-                group = _Group(key, member.offset)
+                group = SampleGroup(key, member.offset)
             data = b""
             if read and suffix in _READ:
                 content = tar.extractfile(member)
@@ -191,7 +191,7 @@ def _refuse_early_end(file: BinaryIO, offset: int) -> None:
         raise tarfile.ReadError(f"more members after the end-of-archive mark at byte {offset} (tars put one behind the other?)")
 
 
-def _sample(index: int, group: _Group) -> Sample:
+def _sample(index: int, group: SampleGroup) -> Sample:
     suffix = group.image_suffix
     data, offset, size = group.members[suffix] if suffix else (None, -1, -1)
     metadata = group.members.get("json", (b"", 0, 0))[0]
@@ -210,7 +210,7 @@ def _json(data: bytes) -> dict[str, object]:
     return info if isinstance(info, dict) else {}
 
 
-def _captions(info: dict[str, object], group: _Group) -> list[str]:
+def _captions(info: dict[str, object], group: SampleGroup) -> list[str]:
     several = info.get("captions")
     if isinstance(several, list) and several and all(isinstance(c, str) for c in several):
         return several

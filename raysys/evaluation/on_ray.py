@@ -1,233 +1,283 @@
-"""``raysys attack`` and ``raysys evaluate`` on Ray: a task for each class folder, one evaluator actor that keeps its decoded sets.
+"""``raysys evaluate`` on Ray: a pool of actors that keep their sets between models, each with its share of every set.
 
-In: :class:`AttackConfig`, :class:`EvaluateConfig`. Out: O/{CLASS/NAME.JPEG, attack.parquet, manifest.json} and
-E/{results/<set>_<model>.json, predictions/<set>.parquet, manifest.json}. What is drawn and what is asked stands in
-:mod:`raysys.evaluation.attack` and :mod:`raysys.evaluation.evaluator`.
+In: :class:`EvaluateConfig`; weights of a training. Out: E/{results, predictions, comparison.json, manifest.json}. What is asked stands in
+:mod:`raysys.evaluation.evaluator`, what is written in :mod:`raysys.evaluation.results`.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
-import os
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.cluster import ray_session, require
-from raysys.config import AttackConfig, AttackSettings, EvaluateConfig, QuestionsConfig
-from raysys.evaluation.attack import RANDOM, attack_table, choose_written, draw_attack, font_file, to_jpeg
-from raysys.evaluation.datasets import ATTACK_FILE, CLASSES_FILE, Picture, open_picture, read_class_set
-from raysys.evaluation.evaluator import ATTACKED, Evaluator, SetConfig, SetResult, Step, acc1_drop, read_set
-from raysys.models import LoadedModel, check_model, model_name, portable
+from raysys.config import EVALUATORS, EvaluateConfig, ModelConfig, QuestionsConfig, ServiceConfig
+from raysys.evaluation.evaluator import Embeddings, Evaluator, SetConfig, SetResult, read_set
+from raysys.evaluation.results import lines, read_results, result_file, write_comparison, write_result
+from raysys.models import LoadedModel, check_model, load_model, model_name, portable
 from raysys.progress import Progress
-from raysys.storage import (
-    Output,
-    UserError,
-    absolute,
-    exists,
-    fingerprint,
-    mask,
-    open_output,
-    read_bytes,
-    read_json,
-    settings_of,
-    sha256_file,
-    write_bytes,
-)
+from raysys.storage import UserError, WorkFailed, absolute, exists, mask, open_output, settings_of
 
-
-def attack(cfg: AttackConfig) -> str:
-    """Write ImageNet-Attr; what is already drawn stays. :returns: the output folder."""
-    clean = read_class_set(cfg.imagenet)
-    written = choose_written(cfg.attack, clean)
-    table = attack_table(clean, written, cfg.attack)
-    font = font_file(cfg.attack)
-    facts = {"source": clean.fingerprint, "written": fingerprint(written), "font_sha256": sha256_file(font)}
-    output = open_output(cfg.output, "attack", settings_of(cfg) | facts)
-    if output.finished:
-        print(f"nothing left to do: {len(written)} attacked pictures are there")
-    else:
-        rows = list(zip(clean.pictures, table["picture"].to_pylist(), table["text"].to_pylist(), clean.labels, strict=True))
-        by_class = itertools.groupby(rows, lambda row: row[3])  # the set is sorted by class
-        folders = [[(source, output.join(name), text) for source, name, text, _ in group] for _, group in by_class]
-        with ray_session(cfg.ray):
-            progress = Progress("attack", len(rows), "pictures")
-            settings = replace(cfg.attack, font=absolute(font))
-            waiting = [_attack_folder.remote(folder, settings) for folder in folders]
-            while waiting:
-                done, waiting = ray.wait(waiting)
-                for count in ray.get(done):
-                    progress.advance(count)
-            progress.close()
-        if cfg.imagenet.classes is not None:
-            write_bytes(output.join(CLASSES_FILE), read_bytes(cfg.imagenet.classes))
-        _write_parquet(output.join(ATTACK_FILE), table)
-        same = sum(clean.class_names[w] == clean.class_names[t] for w, t in zip(written, clean.labels, strict=True))
-        output.finish(
-            {"pictures": len(written), "classes_with_pictures": clean.num_classes_with_pictures, "self_attacks": same},
-            font=os.path.basename(font),
-            font_sha256=facts["font_sha256"],
-            font_px=cfg.attack.font_px,
-            classes=mask(cfg.attack.classes),
-            seed=cfg.attack.seed if cfg.attack.classes == RANDOM else None,
-        )
-        what = f"{len(written)} attacked pictures of {clean.num_classes_with_pictures} classes"
-        print(f"{what}, {same} of them with their own class's name; font {os.path.basename(font)}")
-    print(f"result: {mask(output.path)}")
-    classes = f" imagenet_attr.classes={cfg.imagenet.classes}" if cfg.imagenet.classes else ""
-    print(f"next: raysys evaluate model=M 'evaluators=[{ATTACKED}]' {ATTACKED}.path={mask(output.path)}{classes} output=E")
-    return output.path
-
-
-@ray.remote
-def _attack_folder(pictures: list[tuple[Picture, str, str]], settings: AttackSettings) -> int:
-    """Draw the pictures (source, target path, text) that are not there yet. :returns: how many pictures the folder has."""
-    for source, target, text in pictures:
-        if not exists(target):
-            write_bytes(target, to_jpeg(draw_attack(open_picture(source), text, settings)))
-    return len(pictures)
-
-
+GPU_SERVICE_CPUS = 4.0
+"""Of an actor with a GPU or a share of one beside workers: it decodes its sets once."""
 SERVICE_CPUS = 0.1
-"""Of a service beside workers: below what they leave of a core (they ask for .9 each), so that it fits on the machine that they fill."""
+"""Of an actor beside workers: below what they leave of a core (they ask for .9 each), so that it fits on the machine that they fill."""
 
 
-@ray.remote
-class EvaluatorService:
-    """An :class:`Evaluator` behind an actor; ``.options(num_cpus=..., num_gpus=...)`` says what it may use."""
+# ---- the service ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, sets: dict[str, SetConfig], batch_size: int, *, threads: int | None = None) -> None:
-        """:param threads: None: as many as the actor's CPUs. A sweep's service asks for a fraction and works while workers rest."""
-        mine = ray.get_runtime_context().get_assigned_resources()
-        threads = threads or max(int(mine.get("CPU", 1)), 1)
+
+@dataclass(frozen=True)
+class Spec:
+    """A model by its words."""
+
+    model: str
+    pretrained: str | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is being trained: references to its architecture, and to its weights as they are now."""
+
+    blueprint: ray.ObjectRef[LoadedModel]
+    weights: ray.ObjectRef[dict[str, torch.Tensor]]
+
+
+class _EvaluatorActor:
+    """An :class:`Evaluator` behind an actor, with the model that it was asked about last."""
+
+    def __init__(self, sets: dict[str, SetConfig], service: ServiceConfig, rank: int, of: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        device = "cuda" if mine.get("GPU", 0) > 0 and torch.cuda.is_available() else "cpu"
-        self._evaluator = Evaluator(sets, batch_size=batch_size, device=device, threads=threads)
+        has_gpu = ray.get_runtime_context().get_assigned_resources().get("GPU", 0) > 0
+        if has_gpu and not torch.cuda.is_available():
+            raise UserError("service.num_gpus_per_actor: Ray gave a GPU, but torch sees none; install a CUDA build of torch")
+        device = "cuda" if has_gpu else "cpu"
+        self._evaluator = Evaluator(sets, service, device=device, threads=threads, rank=rank, of=of)
+        self._device = device
+        self._question = ""
+        self._loaded: LoadedModel | None = None
+        self._done: dict[tuple[str, str, str], tuple[int, int]] = {}
 
-    def evaluate(self, model: str, pretrained: str | None = None) -> dict[str, dict[str, float]]:
-        """Metrics of every set."""
-        return self._evaluator.evaluate(model, pretrained)
+    def embed(self, question: str, source: Spec | Trained, name: str) -> Embeddings:
+        """This actor's share of a set; ``question`` stands for the model."""
+        if question != self._question:
+            self._question, self._loaded = "", None  # two models at once may be too many
+            self._loaded = self._load(source)
+            self._question = question
+        assert self._loaded is not None
 
-    def evaluate_weights(self, blueprint: LoadedModel, weights: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-        """Metrics of every set, of a model that is being trained: its architecture, and the weights as they are now."""
-        blueprint = deepcopy(blueprint)  # what comes from Ray's object store is read-only
-        blueprint.model.load_state_dict(weights)
-        return self._evaluator.evaluate_loaded(blueprint)
+        def watch(set_name: str, unit: str, done: int, total: int) -> None:
+            self._done[question, set_name, unit] = done, total
 
-    def steps(self, model: str, pretrained: str | None, names: Sequence[str]) -> Iterator[Step | SetResult]:
-        """Progress and results as they come; call with ``num_returns="streaming"``."""
-        yield from self._evaluator.steps(model, pretrained, names)
+        return self._evaluator.embed(self._loaded, name, watch)
+
+    def _load(self, source: Spec | Trained) -> LoadedModel:
+        if isinstance(source, Spec):
+            return load_model(source.model, source.pretrained, device=self._device)
+        loaded = deepcopy(ray.get(source.blueprint))  # what comes from Ray's object store is read-only
+        weights: Any = ray.get(source.weights)
+        loaded.model.load_state_dict(weights)
+        return loaded
+
+    def answer(self, name: str, *shares: Embeddings) -> SetResult:
+        return self._evaluator.answer(name, shares)
+
+    @ray.method(concurrency_group="watch")
+    def done(self, question: str, name: str) -> dict[str, tuple[int, int]]:
+        """Unit (pictures, classes, captions) -> done and total."""
+        return {unit: done for (of_model, of_set, unit), done in list(self._done.items()) if (of_model, of_set) == (question, name)}
+
+    @ray.method(concurrency_group="watch")
+    def decoded(self) -> dict[str, int]:
+        return dict(self._evaluator.num_decoded)
 
 
-def evaluator_sets(cfg: QuestionsConfig) -> dict[str, SetConfig]:
-    """The sets that a config asks for, with paths that hold on any process of this machine.
+@dataclass(frozen=True)
+class Asked:
+    """A question that is under way."""
+
+    question: str
+    name: str
+    """Of the set."""
+    result: ray.ObjectRef[SetResult]
+
+
+class EvaluatorPool:
+    """Actors that share every set; may be sent to any process of the cluster.
+
+    They start again when they die, and what they were asked is asked again.
+    """
+
+    def __init__(self, sets: dict[str, SetConfig], service: ServiceConfig, slots: list[dict[str, Any]], *, threads: int) -> None:
+        """:param slots: Ray's options of each actor. :param threads: of each, for torch and for decoding."""
+        self._names = list(sets)
+        actor: Any = ray.remote(concurrency_groups={"watch": 1})(_EvaluatorActor)  # type: ignore[call-overload]  # Ray forgot it there
+        self._actors = [
+            actor.options(max_restarts=-1, max_task_retries=3, **slot).remote(sets, service, rank, len(slots), threads)
+            for rank, slot in enumerate(slots)
+        ]
+
+    def ask(self, source: Spec | Trained, names: list[str] | None = None) -> list[Asked]:
+        """A question for each set (None: all), at once; ``ray.get`` of their results waits."""
+        question = uuid.uuid4().hex
+        asked = []
+        for name in self._names if names is None else names:
+            shares = [actor.embed.remote(question, source, name) for actor in self._actors]
+            asked.append(Asked(question, name, self._actors[0].answer.remote(name, *shares)))
+        return asked
+
+    def done(self, asked: Asked) -> dict[str, tuple[int, int]]:
+        """Unit -> done and total, over all actors."""
+        together: dict[str, tuple[int, int]] = {}
+        for of_actor in ray.get([actor.done.remote(asked.question, asked.name) for actor in self._actors]):
+            for unit, (done, total) in of_actor.items():
+                together[unit] = together.get(unit, (0, 0))[0] + done, total
+        return together
+
+    def num_decoded(self) -> dict[str, int]:
+        """Set -> pictures that were decoded; those that lay decoded on disk don't count."""
+        of_actors = ray.get([actor.decoded.remote() for actor in self._actors])
+        return {name: sum(decoded.get(name, 0) for decoded in of_actors) for name in self._names}
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def pool_beside(sets: dict[str, SetConfig], service: ServiceConfig, *, threads: int) -> EvaluatorPool:
+    """A pool that works beside a training: on a GPU or a share of one where the words say so, else while workers rest."""
+    options = {"num_cpus": cpus_beside(service), "num_gpus": service.num_gpus_per_actor}
+    return EvaluatorPool(sets, service, [options] * num_actors_beside(service), threads=threads)
+
+
+def cpus_beside(service: ServiceConfig) -> float:
+    """CPUs that each actor of :func:`pool_beside` asks for."""
+    return GPU_SERVICE_CPUS if service.num_gpus_per_actor else SERVICE_CPUS
+
+
+def num_actors_beside(service: ServiceConfig) -> int:
+    """Actors of :func:`pool_beside`."""
+    return service.num_actors or 1
+
+
+def _whole_cluster(service: ServiceConfig) -> list[dict[str, Any]]:
+    """Ray's options of actors that take every GPU share, or without GPUs every CPU.
+
+    :raises UserError: where ``service`` asks for more than there is.
+    """
+    share, asked = service.num_gpus_per_actor, service.num_actors
+    require("service", cpus=max(asked, 1), gpus=max(asked, 1) * share)
+    room: list[tuple[str, int, int]] = []  # node, its CPUs, actors that fit
+    for node in ray.nodes():
+        cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
+        fit = cpus if not share else int(gpus / share) if share >= 1 else gpus * int(1 / share)
+        if node["Alive"] and min(cpus, fit) > 0:
+            room.append((node["NodeID"], cpus, min(cpus, fit)))
+    most = sum(fit for _, _, fit in room)
+    num = asked or (most if share else len(room))
+    if num > most or num == 0:
+        raise UserError(f"service.num_actors={num} with service.num_gpus_per_actor={share:g}: no more than {most} fit on the nodes")
+    of_node = dict.fromkeys((node for node, _, _ in room), 0)
+    for _ in range(num):  # each where most is free
+        node = max(room, key=lambda place: (place[2] - of_node[place[0]]) / place[2])[0]
+        of_node[node] += 1
+    slots: list[dict[str, Any]] = []
+    for node, cpus, _ in room:
+        where = NodeAffinitySchedulingStrategy(node, soft=True)  # if its node dies, elsewhere
+        slots += [{"num_cpus": cpus // of_node[node], "num_gpus": share, "scheduling_strategy": where}] * of_node[node]
+    return slots
+
+
+# ---- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def evaluator_sets(cfg: QuestionsConfig) -> tuple[dict[str, SetConfig], dict[str, str]]:
+    """The sets that a config asks for, with paths that hold on any process of this machine; and their fingerprints.
 
     Each is read once here: a missing one is refused before anything runs.
     """
     sets: dict[str, SetConfig] = {}
-    for name in dict.fromkeys(cfg.evaluators):
+    fingerprints: dict[str, str] = {}
+    for name in sorted(set(cfg.evaluators), key=EVALUATORS.index):  # the clean set before the attacked one
         a_set: SetConfig = getattr(cfg, name)
-        files = [key for key in ("path", "classes", "templates") if getattr(a_set, key, None) and exists(getattr(a_set, key))]
+        keys = ("path", "labels", "classes", "templates", "captions")
+        files = [key for key in keys if getattr(a_set, key, None) and exists(getattr(a_set, key))]
         paths: dict[str, Any] = {key: absolute(getattr(a_set, key)) for key in files}
         sets[name] = replace(a_set, **paths)
-        read_set(name, sets[name])
-    return sets
+        fingerprints[name] = read_set(name, sets[name]).fingerprint
+    return sets, fingerprints
 
 
 def evaluate(cfg: EvaluateConfig) -> str:
-    """Ask one model every question; sets that an earlier call finished are not asked again. :returns: the output folder."""
-    check_model(cfg.model, cfg.pretrained)
-    name_of_model = model_name(cfg.model)
-    sets = evaluator_sets(cfg)
-    output = open_output(cfg.output, "evaluate", settings_of(cfg, "batch_size", "num_gpus"))
-    files = {name: output.join("results", f"{name}_{name_of_model}.json") for name in sets}
-    todo = {name: a_set for name, a_set in sets.items() if not exists(files[name])}
+    """Ask each model every question; what an earlier call finished is not asked again. :returns: the output folder."""
+    models = models_of(cfg)
+    for model in models.values():
+        check_model(model.model, model.pretrained)
+    sets, fingerprints = evaluator_sets(cfg)
+    facts = {"service": {"precision": cfg.service.precision}, "sets": fingerprints}
+    output = open_output(cfg.output, "evaluate", settings_of(cfg, "service") | facts)
     if output.finished:
         print("nothing left to do: this evaluation is finished")
-    elif todo:
-        with ray_session(cfg.ray):
-            for result in _ask(cfg, todo):
-                # predictions first: where the JSON is, the set is done
-                _write_parquet(output.join("predictions", f"{result.evaluator}.parquet"), result.predictions)
-                content = json.dumps(_benchmark_shape(cfg, result), indent=2, ensure_ascii=False)
-                write_bytes(files[result.evaluator], content.encode(), tmp_folder=output.path)
-    results = {name: read_json(file) for name, file in files.items()}
-    drop = _drop(output) if {"imagenet", ATTACKED} <= set(sets) else None
+    else:
+        todo = {name: [s for s in sets if not exists(result_file(output, s, name))] for name in models}
+        num_decoded: dict[str, int] = {}
+        if any(todo.values()):
+            with ray_session(cfg.ray):
+                slots = _whole_cluster(cfg.service)
+                pool = EvaluatorPool(sets, cfg.service, slots, threads=min(slot["num_cpus"] for slot in slots))
+                for name, result in _ask(pool, models, todo):
+                    write_result(output, name, models[name], cfg.service, result)
+                num_decoded = pool.num_decoded()
+                pool.close()
+    results = read_results(output, list(sets), list(models))
+    comparison = write_comparison(output, results) if len(models) > 1 else []
     if not output.finished:
-        output.finish({name: result["metrics"]["num_pictures"] for name, result in results.items()}, acc1_drop=drop)
-    print(_table(results, drop))
+        output.finish({s: of_models[0]["metrics"]["num_pictures"] for s, of_models in results.items()}, decoded=num_decoded)
+    print("\n".join(lines(results, comparison)))
     print(f"result: {mask(output.path)}")
     print(f"next: raysys report {mask(output.path)}")
     return output.path
 
 
-def _ask(cfg: EvaluateConfig, sets: dict[str, SetConfig]) -> Iterator[SetResult]:
-    """One actor that takes the largest node's CPUs answers set by set."""
-    require("the evaluator", cpus=1, gpus=cfg.num_gpus)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= cfg.num_gpus]
-    num_cpus = max((int(resources.get("CPU", 0)) for resources in nodes), default=0)
-    if num_cpus == 0:
-        raise UserError(f"num_gpus={cfg.num_gpus:g}: no single node has as many GPUs and a CPU; ask for less")
-    options = {"num_cpus": num_cpus, "num_gpus": cfg.num_gpus}
-    service = EvaluatorService.options(**options).remote(sets, cfg.batch_size)  # type: ignore[attr-defined]
-    progress: Progress | None = None
-    last = ("", "")
-    for ref in service.steps.options(num_returns="streaming").remote(*portable(cfg.model, cfg.pretrained), list(sets)):
-        item: Step | SetResult = ray.get(ref)
-        if isinstance(item, SetResult):
-            yield item
-            continue
-        if progress is None or (item.stage, item.unit) != last:
-            if progress:
-                progress.close()
-            last, progress = (item.stage, item.unit), Progress(item.stage, item.total, item.unit)
-        progress.advance(item.done)
-    if progress:
-        progress.close()
+def models_of(cfg: EvaluateConfig) -> dict[str, ModelConfig]:
+    """Name in file names -> model."""
+    return cfg.models or {model_name(cfg.model): ModelConfig(cfg.model, cfg.pretrained)}  # type: ignore[arg-type]  # check(): one is given
 
 
-def _benchmark_shape(cfg: EvaluateConfig, result: SetResult) -> dict[str, Any]:
-    """CLIP_benchmark's result file."""
-    return {
-        "dataset": result.dataset,
-        "model": mask(cfg.model),
-        "pretrained": mask(cfg.pretrained or ""),
-        "task": result.task,
-        "metrics": result.metrics,
-        "language": "en",
-    }
+def _ask(pool: EvaluatorPool, models: dict[str, ModelConfig], todo: dict[str, list[str]]) -> Iterator[tuple[str, SetResult]]:
+    """All questions are put at once, so that no device waits for another; answers with the model's name, in order."""
+    asked = [
+        (name, one)
+        for name, sets in todo.items()
+        if sets
+        for one in pool.ask(Spec(*portable(models[name].model, models[name].pretrained)), sets)
+    ]
+    for name, one in asked:
+        label = one.name if len(models) == 1 else f"{name}, {one.name}"
+        try:
+            _show(pool, one, label)
+            yield name, ray.get(one.result)
+        except ray.exceptions.RayActorError as error:
+            raise WorkFailed(
+                f"the evaluator died again and again at {label}; with too little memory, try a smaller service.batch_size"
+            ) from error
 
 
-def _drop(output: Output) -> float | None:
-    return acc1_drop(*(_read_parquet(output.join("predictions", f"{name}.parquet")) for name in ("imagenet", ATTACKED)))
-
-
-def _table(results: dict[str, dict[str, Any]], drop: float | None) -> str:
-    """Aligned text: one line a metric."""
-    rows = [("set", "metric", "value")]
-    for name, result in results.items():
-        label = name if result["dataset"] == name else f"{name} ({result['dataset']})"
-        for metric, value in result["metrics"].items():
-            rows.append((label, metric, str(value) if isinstance(value, int) else f"{value:.4f}"))
-    if drop is not None:
-        rows.append((ATTACKED, "acc1_drop (clean - attacked)", f"{drop:.4f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
-
-
-def _write_parquet(path: str, table: pa.Table) -> None:
-    file = io.BytesIO()
-    pq.write_table(table, file)
-    write_bytes(path, file.getvalue())
-
-
-def _read_parquet(path: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(read_bytes(path)))
+def _show(pool: EvaluatorPool, asked: Asked, label: str) -> None:
+    """A line of progress for each unit, until the answer is there."""
+    lines_of: dict[str, Progress] = {}
+    there = False
+    while not there:
+        there = bool(ray.wait([asked.result], timeout=0.5)[0])
+        for unit, (done, total) in pool.done(asked).items():
+            line = lines_of.setdefault(unit, Progress(label, total, unit))
+            if done > line.done:
+                line.advance(done - line.done)
+    for line in lines_of.values():
+        line.close()

@@ -1,6 +1,6 @@
 """Retrieval between pictures and captions, as CLIP_benchmark defines it. Pure torch, in blocks: memory stays flat.
 
-In: normalised embeddings and which picture each caption belongs to. Out: ranks, and recalls as fractions.
+In: normalised embeddings and which picture each caption belongs to. Out: ranks; :mod:`raysys.evaluation.metrics` makes recalls of them.
 Shapes: I pictures, T captions, D embedding, B rows of a block.
 """
 
@@ -40,13 +40,3 @@ def text_ranks(image_ID: torch.Tensor, text_TD: torch.Tensor, image_of_text_T: t
         first_B1 = torch.where(own_BT & (score_BT == best_B1), index_T, len(text_TD)).amin(dim=1, keepdim=True)
         ranks.append(((score_BT > best_B1) | ((score_BT == best_B1) & (index_T < first_B1))).sum(dim=1))
     return torch.cat(ranks)
-
-
-def retrieval_metrics(image_rank_T: torch.Tensor, text_rank_I: torch.Tensor) -> dict[str, float]:
-    """``image_retrieval_recall@k`` over captions, ``text_retrieval_recall@k`` over pictures, k = 1, 5, 10; ``mean_recall@1``."""
-    metrics = {}
-    for what, rank in (("image", image_rank_T), ("text", text_rank_I)):
-        for k in (1, 5, 10):
-            metrics[f"{what}_retrieval_recall@{k}"] = (rank < k).double().mean().item()
-    metrics["mean_recall@1"] = (metrics["image_retrieval_recall@1"] + metrics["text_retrieval_recall@1"]) / 2
-    return metrics

@@ -1,8 +1,8 @@
-"""Zero-shot classification: prompts -> classifier -> metrics, as CLIP_benchmark defines them. Pure torch.
+"""Zero-shot classification: prompts -> classifier -> ranks. Pure torch, in blocks.
 
-In: normalised embeddings. Out: the classifier [C, D], the top classes of each picture, and metrics as fractions.
-Leaves decoding and encoding to :mod:`raysys.evaluation.evaluator`.
-Shapes: N pictures, C classes, T templates, D embedding, K best classes, L tokens.
+In: normalised embeddings. Out: the classifier [C, D], the best class of each picture, and the rank of any other.
+Leaves decoding and encoding to :mod:`raysys.evaluation.evaluator`, accuracies to :mod:`raysys.evaluation.metrics`.
+Shapes: N pictures, C classes, T templates, D embedding, L tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.functional import normalize
+
+BLOCK = 4096  # pictures at a time: 4,096 x 1,000 float32 is 16 MB
 
 
 def prompts(class_names: list[str], templates: list[str]) -> list[str]:
@@ -28,40 +30,20 @@ def class_embeddings(encode: Callable[[torch.Tensor], torch.Tensor], tokens_CTL:
     return normalize(text_CTD.mean(dim=1), dim=-1)
 
 
-def best_classes(image_ND: torch.Tensor, classifier_CD: torch.Tensor, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K = min(k, C) classes of highest cosine, best first: scores [N, K] and classes [N, K]."""
-    scores_NK, classes_NK = (image_ND @ classifier_CD.T).topk(min(k, len(classifier_CD)), dim=1)
-    return scores_NK, classes_NK
+def best_class(image_ND: torch.Tensor, classifier_CD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class of highest cosine, the first of several: int64 [N], and its cosine [N]."""
+    best = [(image_BD @ classifier_CD.T).max(dim=1) for image_BD in image_ND.split(BLOCK)]
+    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
 
 
-def classification_metrics(best_NK: torch.Tensor, label_N: torch.Tensor) -> dict[str, float]:
-    """``acc1``, ``acc5`` (hit in the first 5), ``mean_per_class_recall`` over classes with pictures."""
-    hit_NK = best_NK == label_N[:, None]
-    first_N = hit_NK[:, 0].double()
-    recalls = [first_N[label_N == label].mean() for label in label_N.unique()]
-    return {
-        "acc1": first_N.mean().item(),
-        "acc5": hit_NK[:, :5].any(dim=1).double().mean().item(),
-        "mean_per_class_recall": torch.stack(recalls).mean().item(),
-    }
-
-
-def attack_metrics(
-    best_NK: torch.Tensor, label_N: torch.Tensor, written_N: torch.Tensor, class_names: list[str]
-) -> dict[str, float]:
-    """What a word on the picture does to a model.
-
-    ``attack_success_rate``: share of pictures answered with the written class. ``acc1_without_self_attacks``: acc1 of the pictures
-    that carry another name than their own (four ImageNet classes share theirs: "missile", "sunglasses"); absent without any.
-    """
-    self_attack_N = torch.tensor(
-        [class_names[t] == class_names[w] for t, w in zip(label_N.tolist(), written_N.tolist(), strict=True)]
-    )
-    metrics = {
-        "attack_success_rate": (best_NK[:, 0] == written_N).double().mean().item(),
-        "num_self_attacks": self_attack_N.sum().item(),
-    }
-    others = ~self_attack_N
-    if others.any():
-        metrics["acc1_without_self_attacks"] = (best_NK[others, 0] == label_N[others]).double().mean().item()
-    return metrics
+def class_ranks(image_ND: torch.Tensor, classifier_CD: torch.Tensor, class_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each picture the rank of a class among all, 0 is first, equal cosines by class index: int64 [N]; and its cosine [N]."""
+    index_C = torch.arange(len(classifier_CD), device=image_ND.device)
+    ranks, scores = [], []
+    for image_BD, class_B in zip(image_ND.split(BLOCK), class_N.split(BLOCK), strict=True):
+        score_BC = image_BD @ classifier_CD.T
+        own_B1 = score_BC.gather(1, class_B[:, None])
+        before_BC = (score_BC > own_B1) | ((score_BC == own_B1) & (index_C < class_B[:, None]))
+        ranks.append(before_BC.sum(dim=1))
+        scores.append(own_B1[:, 0])
+    return torch.cat(ranks), torch.cat(scores)

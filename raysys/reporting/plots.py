@@ -86,6 +86,27 @@ def grouped_bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> Plot:
     return _draw(title, paint)
 
 
+def dots(title: str, groups: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Plot:
+    """Group -> series -> (share, low, high): a dot with its interval for each, one colour for each series, the first group on top."""
+
+    def paint(axes: Axes) -> None:
+        series = list(dict.fromkeys(name for group in groups.values() for name in group))
+        step = 0.6 / max(len(series), 2)
+        for i, name in enumerate(series):
+            there = [(row, *group[name]) for row, group in enumerate(groups.values()) if name in group]
+            row, value, low, high = np.array(there).T
+            y = row + (i - (len(series) - 1) / 2) * step
+            errors = np.abs([value - low, high - value])
+            axes.errorbar(value, y, xerr=errors, fmt="o", markersize=4, capsize=3, label=name, color=COLORS[i % len(COLORS)])
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(axis="x")
+        axes.figure.legend(loc="outside upper center", ncols=3)
+
+    return _draw(title, paint, height_inch=0.9 + 0.6 * len(groups))
+
+
 def histogram(title: str, xlabel: str, series: Mapping[str, np.ndarray], *, share: bool = False) -> Plot:
     """Outlines of one histogram a series, 40 bins over what all of them span (0..1 for ``share``)."""
 

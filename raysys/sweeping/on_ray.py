@@ -21,8 +21,9 @@ from ray import tune
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import SweepConfig, TrainConfig
 from raysys.corpus.shards import absolute_corpus, open_corpus
-from raysys.evaluation.evaluator import PRIMARY, SetConfig
-from raysys.evaluation.on_ray import SERVICE_CPUS, EvaluatorService, evaluator_sets
+from raysys.evaluation.evaluator import SetConfig
+from raysys.evaluation.metrics import PRIMARY
+from raysys.evaluation.on_ray import Spec, cpus_beside, evaluator_sets, num_actors_beside, pool_beside
 from raysys.models import portable
 from raysys.progress import Progress
 from raysys.storage import (
@@ -59,8 +60,10 @@ def sweep(cfg: SweepConfig) -> None:
     open_corpus(base.corpus)
     for cfg_of_point in {repr((c.model, c.pretrained, c.loss, c.towers, c.train)): c for c in of_points}.values():
         check_training_model(cfg_of_point)
-    sets = evaluator_sets(cfg)
-    output = open_output(cfg.output, "sweep", settings_of(cfg, "max_concurrent") | {"space": space})
+    sets, fingerprints = evaluator_sets(cfg)
+    output = open_output(
+        cfg.output, "sweep", settings_of(cfg, "max_concurrent", "service") | {"space": space, "sets": fingerprints}
+    )
     todo = [p for p in points if _row(output, p)["status"] != "finished"]
     print(
         f"sweep: {len(points)} points of {cfg.num_steps} steps"
@@ -89,11 +92,10 @@ def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig],
     workers = base.worker_range[1] * concurrent
     require(
         f"sweep with {concurrent} trials of {base.worker_range[1]} workers at a time",
-        cpus=workers * CPUS_PER_WORKER + concurrent * TRIAL_CPUS + SERVICE_CPUS,
-        gpus=cfg.num_gpus + (workers if base.use_gpu else 0),
+        cpus=workers * CPUS_PER_WORKER + concurrent * TRIAL_CPUS + num_actors_beside(cfg.service) * cpus_beside(cfg.service),
+        gpus=num_actors_beside(cfg.service) * cfg.service.num_gpus_per_actor + (workers if base.use_gpu else 0),
     )
-    options = {"num_cpus": SERVICE_CPUS, "num_gpus": cfg.num_gpus}
-    service = EvaluatorService.options(**options).remote(sets, cfg.batch_size, threads=num_cpus())  # type: ignore[attr-defined]
+    pool = pool_beside(sets, cfg.service, threads=num_cpus())
 
     def trial(config: dict[str, int]) -> None:
         point = todo[config["point"]]
@@ -104,7 +106,8 @@ def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig],
             manifest_of = train_run(at_point(base, point, run), concurrent_runs=concurrent)
             counts = read_json(manifest_of.join("manifest.json"))["counts"]
             result["kept_share"] = counts["samples_kept"] / counts["samples"]
-            result["metrics"] = ray.get(service.evaluate.remote(run, None))
+            answers = ray.get([asked.result for asked in pool.ask(Spec(run, None))])
+            result["metrics"] = {answer.evaluator: answer.metrics for answer in answers}
         except (UserError, WorkFailed) as error:  # too little kept at this point, or it diverged: a row, not the end of the sweep
             result = {"status": "failed", "reason": str(getattr(error, "cause", error))}
         write_json(_result_file(output, point), result)
@@ -126,7 +129,7 @@ def _run_trials(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig],
     with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a line a trial, whatever its verbosity; ours follow
         grid = tuner.fit()
     progress.close()
-    ray.kill(service)
+    pool.close()
     for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:
             point = todo[(result.config or {})["point"]]

@@ -72,7 +72,7 @@ def _start(cfg: TrainConfig) -> str | None:
 def _load(cfg: TrainConfig, pretrained: str | None, *, device: str) -> LoadedModel:
     init = SIGLIP_INIT if cfg.loss == "siglip" else {}
     try:
-        return load_model(cfg.model, pretrained, device=device, patch_dropout=cfg.towers.patch_dropout, init=init)
+        return load_model(cfg.model, pretrained, device=device, patch_dropout=cfg.towers.patch_dropout, init=init, stretch=True)
     except UserError as error:
         if "patch_drop_rate" in str(error):  # the argument that timm's models without patches do not know
             raise _no_patches(cfg) from error

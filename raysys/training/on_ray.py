@@ -19,8 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
 from raysys.corpus.index import SampleIndex
-from raysys.evaluation.evaluator import PRIMARY, SetConfig
-from raysys.evaluation.on_ray import SERVICE_CPUS, EvaluatorService, evaluator_sets
+from raysys.evaluation.evaluator import SetConfig
+from raysys.evaluation.metrics import PRIMARY
+from raysys.evaluation.on_ray import Asked, EvaluatorPool, Trained, cpus_beside, evaluator_sets, num_actors_beside, pool_beside
 from raysys.models import LoadedModel, portable
 from raysys.progress import Progress
 from raysys.storage import Output, UserError, WorkFailed, is_local, open_output, read_json, remove_folder, settings_of
@@ -34,9 +35,7 @@ from raysys.training.validation import SCORE
 
 CPUS_PER_WORKER = 0.9
 """Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores."""
-GPU_SERVICE_CPUS = 4
-"""CPUs of an evaluator that has a GPU or a share of one: it decodes its sets once."""
-_QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "batch_size", "num_gpus")
+_QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "typographic", "service")
 """Words that say how a run is validated, not what it learns."""
 
 
@@ -58,7 +57,7 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
     :raises UserError: where words, corpus and cluster do not fit each other.
     """
     check_training_model(cfg)
-    sets = evaluator_sets(cfg)
+    sets, _ = evaluator_sets(cfg)
     run = open_output(
         cfg.output,
         "train",
@@ -145,10 +144,9 @@ def _fit(
 ) -> None:
     gpus = 1 if cfg.use_gpu else 0
     fewest, most = cfg.worker_range
-    service_cpus = (GPU_SERVICE_CPUS if cfg.num_gpus else SERVICE_CPUS) if sets else 0
-    beside, service_gpus = (" and an evaluator beside them", cfg.num_gpus) if sets else ("", 0)
-    cpus = fewest * CPUS_PER_WORKER + service_cpus
-    require(f"train with {fewest} workers{beside}", cpus=cpus, gpus=fewest * gpus + service_gpus)
+    beside, evaluators = (" and an evaluator beside them", num_actors_beside(cfg.service)) if sets else ("", 0)
+    cpus = fewest * CPUS_PER_WORKER + evaluators * cpus_beside(cfg.service)
+    require(f"train with {fewest} workers{beside}", cpus=cpus, gpus=fewest * gpus + evaluators * cfg.service.num_gpus_per_actor)
     threads = max(1, num_cpus() // (most * concurrent_runs))
     # On the driver's node: it holds what the run cannot do without, and any other node may die.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -157,9 +155,7 @@ def _fit(
     of_workers = replace(cfg, model=model, pretrained=pretrained)
     validator: _ServiceValidator | None = None
     if sets:
-        options = {"num_cpus": service_cpus, "num_gpus": cfg.num_gpus, "max_restarts": -1, "max_task_retries": 1}
-        service = EvaluatorService.options(**options).remote(sets, cfg.batch_size, threads=max(1, int(service_cpus)))  # type: ignore[attr-defined]
-        validator = _ServiceValidator(service)
+        validator = _ServiceValidator(pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service)))))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -186,7 +182,7 @@ def _fit(
     error = ray.get(news.error.remote())
     ray.kill(news)
     if validator is not None:
-        ray.kill(validator.service)
+        validator.pool.close()
     if is_local(run.path):
         shutil.rmtree(run.join("_ray"), ignore_errors=True)  # Ray's own state; ours is in checkpoints
     if error is not None:
@@ -216,10 +212,10 @@ class _News:
 
 
 class _ServiceValidator:
-    """:class:`raysys.training.validation.Validator` by an evaluator's actor; it lives in rank 0."""
+    """:class:`raysys.training.validation.Validator` by the evaluators' actors; it lives in rank 0."""
 
-    def __init__(self, service: Any) -> None:
-        self.service = service
+    def __init__(self, pool: EvaluatorPool) -> None:
+        self.pool = pool
         self._blueprint: Any = None
 
     def set_model(self, blueprint: LoadedModel) -> None:
@@ -227,13 +223,14 @@ class _ServiceValidator:
 
     def ask(self, weights: dict[str, torch.Tensor]) -> Any:
         on_cpu = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-        return self.service.evaluate_weights.remote(self._blueprint, on_cpu)
+        return self.pool.ask(Trained(self._blueprint, ray.put(on_cpu)))
 
-    def answer(self, ticket: Any, *, wait: bool) -> dict[str, float] | str | None:
-        if not ray.wait([ticket], timeout=None if wait else 0)[0]:
+    def answer(self, ticket: list[Asked], *, wait: bool) -> dict[str, float] | str | None:
+        results = [asked.result for asked in ticket]
+        if len(ray.wait(results, num_returns=len(results), timeout=None if wait else 0)[0]) < len(results):
             return None
         try:
-            of_sets = ray.get(ticket)
+            of_sets = {result.evaluator: result.metrics for result in ray.get(results)}
         except ray.exceptions.RayError as error:  # the evaluator died, or its memory did not do: that is no end of a training
             return str(getattr(error, "cause", error)).strip().splitlines()[-1]
         scores = [metrics[PRIMARY[name]] for name, metrics in of_sets.items()]

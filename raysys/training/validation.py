@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raysys.evaluation.evaluator import PRIMARY
+from raysys.evaluation.metrics import PRIMARY
 from raysys.models import LoadedModel
 from raysys.training.metrics import MetricsLog
 
