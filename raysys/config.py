@@ -300,7 +300,7 @@ class RetrievalSetConfig:
     captions: str | None = None
     """COCO's captions_val2017.json or Karpathy's dataset_coco.json (dataset_flickr30k.json) where it does not lie in ``path``."""
     split: str | None = None
-    """Of Karpathy's file or a WebDataset folder; null is ``test``."""
+    """Of Karpathy's file, a WebDataset folder, or Parquet files (in their names, or a column ``split``); null is ``test``."""
     name: str | None = None
     """Of the data set, in results; null is the evaluator's, or a more exact one."""
 

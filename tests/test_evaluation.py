@@ -246,10 +246,15 @@ def service(tmp_path: Path) -> ServiceConfig:
 @pytest.fixture
 def sets(fruit: ClassSetConfig, tmp_path: Path) -> dict[str, SetConfig]:
     """The same pictures clean and "attacked", and three with captions."""
-    write_attack_file(Path(str(fruit.path)), [("a/1.jpg", 0, 1, "banana"), ("b/1.jpg", 1, 0, "apple"), ("b/2.PNG", 1, 0, "apple")])
+    attacked = shutil.copytree(str(fruit.path), tmp_path / "attacked")
+    write_attack_file(attacked, [("a/1.jpg", 0, 1, "banana"), ("b/1.jpg", 1, 0, "apple"), ("b/2.PNG", 1, 0, "apple")])
     write_tar(tmp_path / "t.tar", {f"{i}.{kind}": data for i in range(3) for kind, data in
                                    (("jpg", encoded(noise(i))), ("txt", f"caption {i}".encode()))})  # fmt: skip
-    return {"imagenet": fruit, "imagenet_attr": fruit, "retrieval": RetrievalSetConfig(str(tmp_path / "t.tar"))}
+    return {
+        "imagenet": fruit,
+        "imagenet_attr": replace(fruit, path=str(attacked)),
+        "retrieval": RetrievalSetConfig(str(tmp_path / "t.tar")),
+    }
 
 
 def test_evaluator_answers_every_set_and_decodes_once(model: str, sets: dict[str, SetConfig], service: ServiceConfig) -> None:

@@ -47,7 +47,7 @@ def output(tmp_path: Path) -> Output:
 
 def write(output: Output, name: str, *results: SetResult) -> None:
     for one in results:
-        write_result(output, name, ModelConfig("some/model.json", "random"), ServiceConfig(), one)
+        write_result(output, name, ModelConfig("some/model.json", "random"), ServiceConfig(), one, "mark")
 
 
 def test_result_is_clip_benchmarks_shape_with_more(output: Output) -> None:

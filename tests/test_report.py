@@ -324,7 +324,7 @@ def test_what_evaluate_writes_is_what_the_page_reads(tmp_path: Path) -> None:
                 for column, values in (written | {"self_attack": pa.array([False, False])}).items():
                     table = table.append_column(column, values)
             result = SetResult(evaluator, evaluator, CLASSIFICATION, metrics(CLASSIFICATION, table), table, ["a note"])
-            write_result(output, name, ModelConfig(f"/runs/{name}"), ServiceConfig(), result)
+            write_result(output, name, ModelConfig(f"/runs/{name}"), ServiceConfig(), result, "mark")
     write_comparison(output, read_results(output, ["imagenet", "imagenet_attr"], ["b", "a"]))
     page = page_of(tmp_path / "E")
     assert page.index("<td>b</td><td>/runs/b</td>") < page.index("<td>a</td><td>/runs/a</td>")

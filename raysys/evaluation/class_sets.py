@@ -126,6 +126,10 @@ def read_class_set(cfg: ClassSetConfig, key: str = "imagenet", *, attacked: bool
         raise UserError(f"{key}.path is missing: a folder with one folder of pictures a class")
     where = f"{key}.path={mask(cfg.path)}"
     root, files = list_set(cfg.path, key)
+    if attacked and ATTACK_FILE not in files:
+        raise UserError(f"{where}: no {ATTACK_FILE} there; build the set with `raysys attack` (or let it finish)")
+    if not attacked and ATTACK_FILE in files:
+        raise UserError(f"{where}: holds {ATTACK_FILE}, so words stand on its pictures; it is a set for the evaluator imagenet_attr")
     own_file = join(root, CLASSES_FILE)
     classes_file = cfg.classes or (own_file if attacked and exists(own_file) else None)
     given = _read_classes(classes_file) if classes_file is not None else None
@@ -608,8 +612,6 @@ def _read_written(root: str, where: str, pictures: list[Picture], labels: list[i
     """The written class of every picture, from attack.parquet."""
     file = join(root, ATTACK_FILE)
     again = "build the set again with `raysys attack`"
-    if not exists(file):
-        raise UserError(f"{where}: no {ATTACK_FILE} there; build the set with `raysys attack` (or let it finish)")
     try:
         with reading(file) as handle:
             table = pq.read_table(handle, columns=["picture", "true_class", "written_class", "text"])

@@ -22,7 +22,7 @@ from raysys.evaluation.evaluator import Embeddings, Evaluator, SetConfig, SetRes
 from raysys.evaluation.results import lines, read_results, result_file, write_comparison, write_result
 from raysys.models import LoadedModel, check_model, load_model, model_name, portable
 from raysys.progress import Progress
-from raysys.storage import UserError, WorkFailed, absolute, exists, mask, open_output, settings_of
+from raysys.storage import Output, UserError, WorkFailed, absolute, exists, list_names, mask, open_output, read_json, settings_of
 
 GPU_SERVICE_CPUS = 4.0
 """Of an actor with a GPU or a share of one beside workers: it decodes its sets once."""
@@ -220,21 +220,26 @@ def evaluate(cfg: EvaluateConfig) -> str:
     for model in models.values():
         check_model(model.model, model.pretrained)
     sets, fingerprints = evaluator_sets(cfg)
-    facts = {"service": {"precision": cfg.service.precision}, "sets": fingerprints}
-    output = open_output(cfg.output, "evaluate", settings_of(cfg, "service") | facts)
+    output = open_output(cfg.output, "evaluate", settings_of(cfg, "service") | {"service": {"precision": cfg.service.precision}})
+    todo = {name: [s for s in sets if not exists(result_file(output, s, name))] for name in models}
+    _refuse_changed(output, models, todo, fingerprints)
     if output.finished:
         print("nothing left to do: this evaluation is finished")
     else:
-        todo = {name: [s for s in sets if not exists(result_file(output, s, name))] for name in models}
         num_decoded: dict[str, int] = {}
-        if any(todo.values()):
-            with ray_session(cfg.ray):
-                slots = _whole_cluster(cfg.service)
-                pool = EvaluatorPool(sets, cfg.service, slots, threads=min(slot["num_cpus"] for slot in slots))
-                for name, result in _ask(pool, models, todo):
-                    write_result(output, name, models[name], cfg.service, result)
-                num_decoded = pool.num_decoded()
-                pool.close()
+        try:
+            if any(todo.values()):
+                with ray_session(cfg.ray):
+                    slots = _whole_cluster(cfg.service)
+                    pool = EvaluatorPool(sets, cfg.service, slots, threads=min(slot["num_cpus"] for slot in slots))
+                    for name, result in _ask(pool, models, todo):
+                        write_result(output, name, models[name], cfg.service, result, fingerprints[result.evaluator])
+                    num_decoded = pool.num_decoded()
+                    pool.close()
+        except UserError:
+            if not list_names(output.join("results")):
+                output.forget()  # other words may mend it, and would be refused here
+            raise
     results = read_results(output, list(sets), list(models))
     comparison = write_comparison(output, results) if len(models) > 1 else []
     if not output.finished:
@@ -243,6 +248,18 @@ def evaluate(cfg: EvaluateConfig) -> str:
     print(f"result: {mask(output.path)}")
     print(f"next: raysys report {mask(output.path)}")
     return output.path
+
+
+def _refuse_changed(
+    output: Output, models: dict[str, ModelConfig], todo: dict[str, list[str]], fingerprints: dict[str, str]
+) -> None:
+    """:raises UserError: where a finished result is of a set that has changed since."""
+    for name in models:
+        for evaluator, fingerprint in fingerprints.items():
+            if evaluator not in todo[name]:
+                file = result_file(output, evaluator, name)
+                if read_json(file)["set"] != fingerprint:
+                    raise UserError(f"{mask(file)} is of another state of the set {evaluator}; give a new folder")
 
 
 def models_of(cfg: EvaluateConfig) -> dict[str, ModelConfig]:

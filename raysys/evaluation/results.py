@@ -30,8 +30,13 @@ def predictions_file(output: Output, evaluator: str, name: str) -> str:
     return output.join("predictions", f"{evaluator}_{name}.parquet")
 
 
-def write_result(output: Output, name: str, model: ModelConfig, service: ServiceConfig, result: SetResult) -> None:
-    """Predictions first: where the JSON is, the set is done."""
+def write_result(
+    output: Output, name: str, model: ModelConfig, service: ServiceConfig, result: SetResult, fingerprint: str
+) -> None:
+    """Predictions first: where the JSON is, the set is done.
+
+    :param fingerprint: of the set.
+    """
     file = io.BytesIO()
     pq.write_table(result.predictions, file)
     write_bytes(predictions_file(output, result.evaluator, name), file.getvalue())
@@ -44,6 +49,7 @@ def write_result(output: Output, name: str, model: ModelConfig, service: Service
         "language": "en",
         "name": name,
         "evaluator": result.evaluator,
+        "set": fingerprint,
         "precision": service.precision,
         "intervals": {metric: list(ends) for metric, ends in intervals(result.task, result.predictions).items()},
         "notes": result.notes,

@@ -98,3 +98,18 @@ def test_more_actors_than_fit_are_refused(ray_cluster: None, run_cli: Cli, pairs
     for key, reason in (("num_actors=9", "9 CPUs"), ("num_gpus_per_actor=1", "1 GPUs")):
         status, _, err = run_cli(*words, f"service.{key}", f"output={tmp_path / key}")
         assert status == 2 and reason in err and len(err.splitlines()) == 1
+
+
+def test_what_fails_at_once_leaves_the_folder_to_other_words_and_a_changed_set_does_not(
+    ray_cluster: None, run_cli: Cli, pairs: str, tmp_path: Path, tiny_model: str
+) -> None:
+    Path(pairs).write_bytes(Path(pairs).read_bytes().replace(b"\xff\xd8", b"\0\0", 1))  # no JPEG any more
+    words = ["evaluate", f"model={tiny_model}", "pretrained=random", "evaluators=[retrieval]", f"retrieval.path={pairs}"]
+    words += [f"service.cache_dir={tmp_path}", f"output={tmp_path / 'E'}"]
+    status, _, err = run_cli(*words)
+    assert status == 2 and "pairs.tar: 0: cannot be read as a picture" in err and len(err.splitlines()) == 1
+    for seed in (0, 1):
+        write_tar(Path(pairs), [member for i in range(20) for member in sample(str(i), noise_jpeg(i + seed, 16), f"picture {i}")])
+        status, _, err = run_cli(*words)
+        assert status == 2 * seed, err
+    assert "retrieval_tiny.json is of another state of the set retrieval" in err
