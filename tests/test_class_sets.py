@@ -510,6 +510,12 @@ def test_attack_file_that_does_not_fit_is_refused(rows: list[Any], words: str, f
     refused(words, "imagenet_attr", attacked=True, path=fruit.path, classes=fruit.classes)
 
 
+def test_attacked_set_is_no_clean_one(fruit: ClassSetConfig) -> None:
+    (Path(str(fruit.path)) / "attack.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="words stand on its pictures"):
+        read_class_set(fruit)
+
+
 def test_attack_file_that_is_missing_or_foreign_is_refused(fruit: ClassSetConfig) -> None:
     refused("no attack.parquet there; build the set with", "imagenet_attr", attacked=True, path=fruit.path, classes=fruit.classes)
     for content in (b"no Parquet", b""):

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from raysys.attack.drawing import Font, draw_attack, to_jpeg
 from raysys.config import AttackSettings
-from raysys.corpus.parquet import IMAGE_COLUMNS
+from raysys.corpus.parquet import columns_of
 from raysys.corpus.prefetch import prefetch
 from raysys.evaluation.class_sets import CLASSES_FILE, LABELS_FILE, ClassSet
 from raysys.evaluation.pictures import Picture, open_picture
@@ -173,7 +173,7 @@ def _write_parquet(target: Any, pictures: Iterator[tuple[Job, bytes]], source_fi
     with reading(source_file, ahead_bytes=0) as file:
         source = pq.ParquetFile(file, pre_buffer=False)
         schema = source.schema_arrow
-        image = schema.field(_image_column(schema))
+        image = schema.field(columns_of(schema)["image"])
         children = [child.name for child in image.type] if pa.types.is_struct(image.type) else []
         beside = [f"{image.name}.{child}" for child in children if child != "bytes"]
         columns = [name for name in schema.names if name != image.name] + beside
@@ -189,15 +189,6 @@ def _write_parquet(target: Any, pictures: Iterator[tuple[Job, bytes]], source_fi
                     rest = rows[image.name].combine_chunks() if beside else None
                     arrays = [_image_array(image.type, jpegs, rest) if name == image.name else rows[name] for name in schema.names]
                     writer.write_table(pa.table(arrays, schema=schema))
-
-
-def _image_column(schema: pa.Schema) -> str:
-    def holds_pictures(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    return next(name for name in IMAGE_COLUMNS if name in schema.names and holds_pictures(schema.field(name).type))
 
 
 def _image_array(kind: pa.DataType, pictures: list[bytes], rest: pa.StructArray | None) -> pa.Array:

@@ -59,7 +59,7 @@ def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
 def _records(path: str) -> Iterator[tuple[int, str, list[str], str | None, str | None]]:
     """Index, picture, captions, uid and reason of every sample; no picture is opened."""
     with reading(path) as file:
-        rows = _csv_rows(file) if path.endswith(".csv") else _json_rows(file)
+        rows = csv_rows(file) if path.endswith(".csv") else json_rows(file)
         index = 0
         for name, lines in itertools.groupby(rows, key=lambda row: row[0]):
             if name is None:
@@ -82,7 +82,8 @@ _Row = tuple[str | None, list[str], object]
 """Picture (None for a line that cannot be read), captions, uid."""
 
 
-def _csv_rows(file: BinaryIO) -> Iterator[_Row]:
+def csv_rows(file: BinaryIO) -> Iterator[_Row]:
+    """Lines of captions.csv; no picture is opened. :raises DamagedShard: where it is no such file."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     head = text.readline()
     delimiter = "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
@@ -106,7 +107,8 @@ def _csv_rows(file: BinaryIO) -> Iterator[_Row]:
             yield (row[at], [row[said_at]], row[uid_at] if uid_at >= 0 else None) if good else (None, [], None)
 
 
-def _json_rows(file: BinaryIO) -> Iterator[_Row]:
+def json_rows(file: BinaryIO) -> Iterator[_Row]:
+    """Lines of captions.jsonl; no picture is opened."""
     for line in file:
         if not line.strip():
             continue

@@ -27,8 +27,8 @@ _ROWS = 16
 def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
     """Of a row group that is damaged the rows before the damage; the other groups are read all the same."""
     with reading(path, ahead_bytes=0) as file:
-        table = _open(file)
-        columns = _columns(table.schema_arrow)
+        table = open_file(file)
+        columns = columns_of(table.schema_arrow)
         first = part.first if part else 0
         damage = []
         for group in range(part.start, part.end) if part else range(table.num_row_groups):
@@ -36,10 +36,10 @@ def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
             try:
                 for batch in table.iter_batches(_ROWS, row_groups=[group], columns=_leaves(columns)):
                     for row in batch.to_pylist():
-                        yield _sample(index, row, columns)
+                        yield sample_of(index, row, columns)
                         index += 1
             except (pa.ArrowException, OSError) as error:
-                _refuse_storage_error(error)
+                refuse_storage_error(error)
                 damage.append(f"rows {index} to {first - 1} cannot be read: {error}")
     if damage:
         raise DamagedShard("; ".join(damage))
@@ -49,7 +49,7 @@ def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
     """Row groups are not cut."""
     with reading(path, ahead_bytes=0) as file:
         try:
-            meta = _open(file).metadata
+            meta = open_file(file).metadata
         except DamagedShard as error:
             return [], str(error)
     parts: list[Part] = []
@@ -64,13 +64,13 @@ def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
 
 def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
     with reading(path, ahead_bytes=0) as file:
-        table = _open(file)
-        columns = _columns(table.schema_arrow)
+        table = open_file(file)
+        columns = columns_of(table.schema_arrow)
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if index < rows:
                 column = table.read_row_group(group, columns=_leaves({"image": columns["image"]})).column(0)
-                return _sample(index, {columns["image"]: column[index].as_py()}, {"image": columns["image"]}).image or b""
+                return sample_of(index, {columns["image"]: column[index].as_py()}, {"image": columns["image"]}).image or b""
             index -= rows
     raise IndexError(f"{path} has no row {index}")
 
@@ -78,10 +78,10 @@ def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
 def row_group_images(path: str, group: int) -> list[bytes | None]:
     """The bytes of every picture of a row group; None where there is none."""
     with reading(path, ahead_bytes=0) as file:
-        table = _open(file)
-        columns = {"image": _columns(table.schema_arrow)["image"]}
+        table = open_file(file)
+        columns = {"image": columns_of(table.schema_arrow)["image"]}
         rows = table.read_row_group(group, columns=_leaves(columns)).to_pylist()
-        return [_sample(index, row, columns).image for index, row in enumerate(rows)]
+        return [sample_of(index, row, columns).image for index, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)
@@ -100,33 +100,34 @@ def read_columns(path: str, names: Collection[str]) -> Columns:
     :raises DamagedShard: for a file that is no Parquet, or has no pictures.
     """
     with reading(path, ahead_bytes=0) as file:
-        table = _open(file)
-        image, meta = _columns(table.schema_arrow)["image"], table.metadata
+        table = open_file(file)
+        image, meta = columns_of(table.schema_arrow)["image"], table.metadata
         rows = [meta.row_group(i).num_rows for i in range(table.num_row_groups)]
         wanted = [name for name in table.schema_arrow.names if name in names and name != image]
         try:
             content = table.read(columns=wanted)
         except (pa.ArrowException, OSError) as error:
-            _refuse_storage_error(error)
+            refuse_storage_error(error)
             raise DamagedShard(f"columns {', '.join(wanted)} cannot be read ({error})") from error
     return Columns(content, rows)
 
 
-def _open(file: BinaryIO) -> pq.ParquetFile:
+def open_file(file: BinaryIO) -> pq.ParquetFile:
+    """:raises DamagedShard: where it is no Parquet."""
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=4 << 20)  # streams column chunks: a row group may be large
     except (pa.ArrowException, OSError) as error:
-        _refuse_storage_error(error)
+        refuse_storage_error(error)
         raise DamagedShard(f"no Parquet file, or cut off ({error})") from error
 
 
-def _refuse_storage_error(error: Exception) -> None:
+def refuse_storage_error(error: Exception) -> None:
     """Arrow says of a damaged file an OSError without a number; all others come from storage and say nothing of the file."""
     if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
         raise error
 
 
-def _columns(schema: pa.Schema) -> dict[str, str]:
+def columns_of(schema: pa.Schema) -> dict[str, str]:
     """Role -> name of the column. :raises DamagedShard: where there are no pictures."""
     found: dict[str, str] = {}
     for role, names in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS), ("key", KEY_COLUMNS), ("uid", ("uid",))):
@@ -154,19 +155,20 @@ def _leaves(columns: dict[str, str]) -> list[str]:
     return sorted(set(columns.values()))
 
 
-def _sample(index: int, row: dict[str, Any], columns: dict[str, str]) -> Sample:
+def sample_of(index: int, row: dict[str, Any], columns: dict[str, str]) -> Sample:
+    """A row as a sample. :param columns: as :func:`columns_of` gives them."""
     image = row[columns["image"]]
     data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     given = row.get(columns.get("key", ""))
-    key = printable(_text(given)) if given is not None else os.path.splitext(name)[0] if name else f"{index:09d}"
+    key = printable(text_of(given)) if given is not None else os.path.splitext(name)[0] if name else f"{index:09d}"
     several = row.get(columns.get("caption", ""))
-    captions, error = clean_captions([_text(c) for c in (several if isinstance(several, list) else [several]) if c is not None])
+    captions, error = clean_captions([text_of(c) for c in (several if isinstance(several, list) else [several]) if c is not None])
     error = UNSAFE_NAME if is_unsafe(key) else error
     uid = as_uid(row.get(columns.get("uid", ""))) or as_uid(os.path.basename(key))
     return Sample(index, key, data, captions=captions, uid=uid, error=error)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Text of a cell; of bytes what is UTF-8 (lone surrogates elsewhere)."""
     if isinstance(value, dict):
         value = value.get("raw", "")

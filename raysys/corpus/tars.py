@@ -195,14 +195,15 @@ def _sample(index: int, group: SampleGroup) -> Sample:
     suffix = group.image_suffix
     data, offset, size = group.members[suffix] if suffix else (None, -1, -1)
     metadata = group.members.get("json", (b"", 0, 0))[0]
-    info = _json(metadata)
+    info = metadata_of(metadata)
     captions, error = clean_captions(_captions(info, group))
     uid = as_uid(info.get("uid")) or as_uid(os.path.basename(group.key))
     error = UNSAFE_NAME if group.unsafe else error
     return Sample(index, group.key, data, offset, size, captions, metadata, uid, error)
 
 
-def _json(data: bytes) -> dict[str, object]:
+def metadata_of(data: bytes) -> dict[str, object]:
+    """A .json member; nothing where it is none."""
     try:
         info = json.loads(data) if data else {}
     except ValueError:

@@ -129,7 +129,9 @@ def read_class_set(cfg: ClassSetConfig, key: str = "imagenet", *, attacked: bool
     if attacked and ATTACK_FILE not in files:
         raise UserError(f"{where}: no {ATTACK_FILE} there; build the set with `raysys attack` (or let it finish)")
     if not attacked and ATTACK_FILE in files:
-        raise UserError(f"{where}: holds {ATTACK_FILE}, so words stand on its pictures; it is a set for the evaluator imagenet_attr")
+        raise UserError(
+            f"{where}: holds {ATTACK_FILE}, so words stand on its pictures; it is a set for the evaluator imagenet_attr"
+        )
     own_file = join(root, CLASSES_FILE)
     classes_file = cfg.classes or (own_file if attacked and exists(own_file) else None)
     given = _read_classes(classes_file) if classes_file is not None else None

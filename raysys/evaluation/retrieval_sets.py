@@ -266,7 +266,7 @@ def _tar_captions(group: tars.SampleGroup, file: BinaryIO, txt_only: bool) -> li
         file.seek(offset)
         return file.read(size)
 
-    info = {} if txt_only else tars._json(member("json"))
+    info = {} if txt_only else tars.metadata_of(member("json"))
     several = info.get("captions")
     if isinstance(several, list) and several:
         return [caption if isinstance(caption, str) else "" for caption in several]
@@ -295,7 +295,7 @@ def _folder(shard: Shard) -> Iterator[_Row]:
     captions: dict[str, list[str]] = {}
     try:
         with reading(shard.path) as file:
-            rows = folder._csv_rows(file) if shard.path.endswith(".csv") else folder._json_rows(file)
+            rows = folder.csv_rows(file) if shard.path.endswith(".csv") else folder.json_rows(file)
             for number, (name, said, _) in enumerate(rows, 1):
                 if name is None:
                     raise UserError(f"{mask(shard.path)}: its record {number} cannot be read")
@@ -342,8 +342,8 @@ def _parquet(shard: Shard, several: bool) -> Iterator[tuple[str | None, _Row]]:
     """Every row and its split."""
     try:
         with reading(shard.path, ahead_bytes=0) as file:
-            table = parquet._open(file)
-            columns = parquet._columns(table.schema_arrow)
+            table = parquet.open_file(file)
+            columns = parquet.columns_of(table.schema_arrow)
             if "caption" not in columns:
                 raise UserError(f"{mask(shard.path)}: no column of captions (text, named {', '.join(parquet.CAPTION_COLUMNS)})")
             image, caption = columns["image"], columns["caption"]
@@ -352,13 +352,13 @@ def _parquet(shard: Shard, several: bool) -> Iterator[tuple[str | None, _Row]]:
             for group in range(table.num_row_groups):
                 rows = table.read_row_group(group, columns=texts).to_pylist()  # names of columns that are not there do no harm
                 for row, cells in enumerate(rows):
-                    name = parquet._sample(index, {image: None} | cells, columns).key
+                    name = parquet.sample_of(index, {image: None} | cells, columns).key
                     picture = Picture(f"{unquote(shard.name)}/{name}" if several else name, shard.path, row_group=group, row=row)
                     said = cells[caption] if isinstance(cells[caption], list) else [cells[caption]]
-                    captions = ["" if text is None else parquet._text(text) for text in said]
+                    captions = ["" if text is None else parquet.text_of(text) for text in said]
                     of = cells.get("split")
                     yield of if isinstance(of, str) else None, _Row(picture, captions, shard.identity)
                     index += 1
     except (DamagedShard, pa.ArrowException, OSError) as error:
-        parquet._refuse_storage_error(error)
+        parquet.refuse_storage_error(error)
         raise UserError(f"{mask(shard.path)}: a damaged Parquet file ({error})") from error
