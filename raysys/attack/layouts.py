@@ -7,6 +7,7 @@ attack.parquet. The same words give the same bytes. Leaves who does which unit t
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 import tarfile
@@ -26,16 +27,16 @@ from raysys.corpus.parquet import columns_of
 from raysys.corpus.prefetch import prefetch
 from raysys.evaluation.class_sets import CLASSES_FILE, LABELS_FILE, ClassSet
 from raysys.evaluation.pictures import Picture, open_picture
-from raysys.storage import UserError, join, reading, write_bytes, write_json, writing
+from raysys.storage import UserError, flush, is_local, join, reading, write_bytes, write_json, writing
 
 Row = dict[str, Any]
 """Of attack.parquet."""
 PARTS_FOLDER = "_parts"
 """Rows of finished units, and unfinished files."""
 PICTURES_PER_UNIT = 64
-"""Where each picture is a file of its own: about a second of work."""
-THREADS = 8
-"""Of a process that read, and that write: a file on a disk is safe after 5 ms (fsync), an object store answers in 30; drawing takes 4 ms."""
+"""Where each picture is a file of its own: a fifth of a second of work, of which some 20 ms are its beginning and end."""
+THREADS, LOCAL_THREADS = 8, 2
+"""Of a process that read, and that write: an object store answers in 30 ms and drawing takes 4; a disk needs fewer, which then disturb less."""
 READ_AHEAD = 32
 """Encoded pictures that wait to be drawn on."""
 ROWS_PER_GROUP = 64
@@ -124,18 +125,23 @@ def write_unit(unit: list[Job], layout: str, folder: str, settings: AttackSettin
             with writing(join(folder, _file_of(unit[0], layout)), tmp_folder=tmp_folder) as file:
                 (_write_tar if layout == "webdataset" else _write_parquet)(file, pictures, unit[0].source.path)
             return rows
-        with ThreadPoolExecutor(THREADS) as pool:
-            waiting = [pool.submit(write_bytes, join(folder, job.target), jpeg, tmp_folder=tmp_folder) for job, jpeg in pictures]
-        for written in waiting:
-            written.result()
+        with ThreadPoolExecutor(_threads(folder)) as pool:
+            write = functools.partial(write_bytes, tmp_folder=tmp_folder, durable=False)
+            for written in [pool.submit(write, join(folder, job.target), jpeg) for job, jpeg in pictures]:
+                written.result()
+            list(pool.map(flush, (join(folder, job.target) for job in unit)))
     return rows
+
+
+def _threads(path: str) -> int:
+    return LOCAL_THREADS if is_local(path) else THREADS
 
 
 def _attacked(
     unit: list[Job], settings: AttackSettings, fonts: Sequence[Font], rows: list[Row]
 ) -> Generator[tuple[Job, bytes], None, None]:
     """Each picture as JPEG, in order; its row is added to ``rows``."""
-    with closing(prefetch(unit, lambda job: job.source.read(), threads=THREADS, ahead=READ_AHEAD)) as read:
+    with closing(prefetch(unit, lambda job: job.source.read(), threads=_threads(unit[0].source.path), ahead=READ_AHEAD)) as read:
         for job, data in zip(unit, read, strict=True):
             image = open_picture(_Fetched(**vars(job.source), data=data))
             attacked, drawn = draw_attack(image, job.text, name=job.source.name, settings=settings, fonts=fonts)

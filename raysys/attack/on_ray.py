@@ -91,12 +91,14 @@ def _draw(
     there = set(list_names(output.join(PARTS_FOLDER)))
     parts = {number: read_bytes(file) for number, file in enumerate(files) if file.rsplit("/", 1)[-1] in there}
     todo = iter([number for number in range(len(units)) if number not in parts])
+    # A task needs a CPU: where all may draw, more of them wait at the ready, and no process waits for this one.
+    in_flight = 2 * at_once if at_once >= num_cpus() else at_once
     already = sum(len(units[number]) for number in parts)
     progress = Progress("attack", sum(map(len, units)), "pictures", already=already)
     shared = ray.put(list(fonts))
     running: dict[Any, int] = {}
     while True:
-        while len(running) < at_once and (number := next(todo, None)) is not None:
+        while len(running) < in_flight and (number := next(todo, None)) is not None:
             running[_draw_unit.remote(units[number], layout, output.path, settings, shared, files[number])] = number
         if not running:
             break
