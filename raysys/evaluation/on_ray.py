@@ -288,13 +288,16 @@ def _ask(pool: EvaluatorPool, models: dict[str, ModelConfig], todo: dict[str, li
 
 def _show(pool: EvaluatorPool, asked: Asked, label: str) -> None:
     """A line of progress for each unit, until the answer is there."""
-    lines_of: dict[str, Progress] = {}
+    shown: dict[str, Progress] = {}
     there = False
     while not there:
         there = bool(ray.wait([asked.result], timeout=0.5)[0])
         for unit, (done, total) in pool.done(asked).items():
-            line = lines_of.setdefault(unit, Progress(label, total, unit))
-            if done > line.done:
-                line.advance(done - line.done)
-    for line in lines_of.values():
-        line.close()
+            if unit not in shown:
+                for before in shown.values():
+                    before.close()
+                shown[unit] = Progress(label, total, unit)
+            if done > shown[unit].done:
+                shown[unit].advance(done - shown[unit].done)
+    for last in list(shown.values())[-1:]:
+        last.close()
