@@ -23,6 +23,7 @@ from raysys.evaluation.class_sets import ATTACK_FILE, ClassSet, read_class_set
 from raysys.progress import Progress
 from raysys.storage import (
     Output,
+    UserError,
     exists,
     fingerprint,
     list_names,
@@ -31,6 +32,7 @@ from raysys.storage import (
     read_bytes,
     read_json,
     remove_folder,
+    require_finished,
     settings_of,
     write_bytes,
     write_json,
@@ -49,10 +51,14 @@ def attack(cfg: AttackConfig) -> str:
     # a model's texts may decide for any class
     texts = clean.class_names if None in written else [clean.class_names[w] for w in written if w is not None]
     check_characters(fonts, texts)
-    facts = {"source": clean.fingerprint, "written": fingerprint(written), "font_sha256": [font.sha256 for font in fonts]}
+    # by names: a picture may be mended while the set is unfinished
+    source = fingerprint([[picture.name for picture in clean.pictures], clean.labels, clean.class_names])
+    facts = {"source": source, "written": fingerprint(written), "font_sha256": [font.sha256 for font in fonts]}
     output = open_output(cfg.output, "attack", settings_of(cfg, "num_actors") | facts)
     parts = output.join(PARTS_FOLDER)
     if output.finished:
+        if require_finished(output.path, "attack")["source"] != clean.fingerprint:
+            raise UserError(f"output={mask(output.path)}: its source has changed since; give a new folder")
         print(f"nothing left to do: {len(clean.pictures):,} attacked pictures are there")
     else:
         nearest = _nearest(cfg.attack, clean, written, parts)
@@ -145,6 +151,7 @@ def _finish(
         classes=mask(settings.classes),
         preset=settings.name,
         seed=settings.seed,
+        source=clean.fingerprint,
         fonts=[{"name": font.name, "sha256": font.sha256, "pictures": drawn_with[font.sha256]} for font in fonts],
         notes=clean.notes,
     )

@@ -86,7 +86,7 @@ def test_broken_picture_is_one_line_and_finished_units_stay(ray_cluster: None, r
     words = ["attack", *folders(tmp_path / "val", 132), "attack.classes=random", "num_actors=1"]
     last = tmp_path / "val" / "c3" / "131.jpg"  # of the third unit: the set is sorted by class
     whole = last.read_bytes()
-    last.write_bytes(bytes(len(whole)))  # as long as before, so that it is the same set when it is mended
+    last.write_bytes(b"no picture")
     out = tmp_path / "O"
     status, _, err = run_cli(*words, f"output={out}")
     assert status == 2 and "Traceback" not in err
@@ -102,6 +102,10 @@ def test_broken_picture_is_one_line_and_finished_units_stay(ray_cluster: None, r
     assert run_cli(*words, f"output={tmp_path / 'fresh'}")[0] == 0
     taken_up, fresh = files_of(out), files_of(tmp_path / "fresh")
     assert taken_up.pop("manifest.json") and fresh.pop("manifest.json") and taken_up == fresh
+
+    last.write_bytes(whole + b" ")
+    status, _, err = run_cli(*words, f"output={out}")
+    assert status == 2 and "its source has changed since; give a new folder" in err
 
 
 def test_confusions_then_nearest_text(ray_cluster: None, run_cli: Cli, tmp_path: Path, tiny_model: str) -> None:
