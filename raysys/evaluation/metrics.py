@@ -3,7 +3,7 @@
 In: tables of predictions, one row a picture (classification) or a query (retrieval). Out: metrics as fractions, intervals, differences.
 Every metric is a mean of shares ``sum(hits) / sum(asked)`` of columns with one row a picture, so that its value, its interval and its test
 cannot disagree. Leaves asking the models to :mod:`raysys.evaluation.evaluator`, files and tables on screen to
-:mod:`raysys.evaluation.on_ray`.
+:mod:`raysys.evaluation.results`.
 Shapes: P pictures, M tables (models), K distinct rows, R resamples, S groups, G columns.
 """
 

@@ -17,7 +17,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from raysys.config import ClassSetConfig, ServiceConfig
 from raysys.evaluation.evaluator import Evaluator
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is false: no CUDA device here"),
+]
 SIDE_PX, NUM_CLASSES = 64, 8
 
 
