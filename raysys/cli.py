@@ -11,7 +11,6 @@ import difflib
 import importlib
 import os
 import sys
-from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
@@ -22,9 +21,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from raysys.config import VERBS, TrainConfig, check, choices, config_dir
+from raysys.keys import fold, groups, read_group, read_keys, type_of
 from raysys.storage import UserError, WorkFailed
 
 # Verb -> (module and function, what it does, an example); in the order of the pipeline.
@@ -77,27 +76,6 @@ def _hints(schema: Any) -> dict[str, Any]:
     return get_type_hints(schema)
 
 
-def _type_of(schema: type, key: str) -> Any:
-    """Type of a dotted key. :raises UserError: for a key that is not there, with the nearest ones."""
-    here: Any = schema
-    path: list[str] = []
-    for part in key.split("."):
-        if get_origin(here) is dict:  # names of the user's own, as of corpus.sources
-            here = get_args(here)[1]
-            path.append(part)
-            continue
-        hints = _hints(here) if is_dataclass(here) else {}
-        if part not in hints:
-            near = difflib.get_close_matches(part, hints, n=2)
-            known = ", ".join(".".join([*path, name]) for name in (near or hints))
-            raise UserError(
-                f"unknown key '{key}'" + (f"; did you mean {known}?" if near else f"; known here: {known}" if known else "")
-            )
-        here = hints[part]
-        path.append(part)
-    return here
-
-
 def _takes_text(hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
         return str in get_args(hint)
@@ -135,11 +113,6 @@ def _read_words(verb: str, words: list[str]) -> dict[str, str]:
     return given
 
 
-def _groups(schema: type) -> list[str]:
-    """Groups of conf/ that this verb knows."""
-    return [name for name, hint in _hints(schema).items() if is_dataclass(hint) and (Path(config_dir()) / name).is_dir()]
-
-
 def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any:
     """Defaults, then the chosen groups, then ``experiment=NAME`` and ``config=FILE``, then the words.
 
@@ -152,25 +125,19 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
     schema = VERBS[verb]
     given = _read_words(verb, words)
     files = {f"{key}={given[key]}": _file_of(key, given.pop(key), schema) for key in ("experiment", "config") if key in given}
-    merged = {word: _read_yaml(word, file, schema) for word, file in files.items()}
-    groups = _groups(schema)
+    merged = {word: read_keys(word, Path(file), schema) for word, file in files.items()}
+    known = groups(schema)
     chosen: dict[str, str] = {}
     for keys in merged.values():  # a file may choose a group ("policy: paper"); words come after it
-        chosen |= {key: keys.pop(key) for key in list(keys) if key in groups and isinstance(keys[key], str)}
-    chosen |= {key: given.pop(key) for key in list(given) if key in groups}
-    own = {group: _read_group(group, name, schema) for group, name in chosen.items() if _is_file(name)}
-    for group, name in chosen.items():
-        if group not in own and name not in choices(group):
-            raise UserError(
-                f"{group}={name} is not there; choose from {', '.join(choices(group))}, or give a YAML file ({group}=my.yaml)"
-            )
+        chosen |= {key: keys.pop(key) for key in list(keys) if key in known and isinstance(keys[key], str)}
+    chosen |= {key: given.pop(key) for key in list(given) if key in known}
+    own = {group: read_group(group, name, schema) for group, name in chosen.items()}
     store = ConfigStore.instance()
     for name, dataclass in VERBS.items():
         store.store(name=f"{name}_schema", node=dataclass)
     try:
         with initialize_config_dir(config_dir=config_dir(), version_base="1.3"):
-            overrides = [f"~{group}" if group in own else f"{group}={name}" for group, name in chosen.items()]
-            cfg = compose(config_name=verb, overrides=overrides)
+            cfg = compose(config_name=verb, overrides=[f"~{group}" for group in chosen])
         OmegaConf.set_struct(cfg, True)
         for key in ("corpus.sources", "models"):
             if OmegaConf.select(cfg, key) is not None:
@@ -181,7 +148,7 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
             cfg = _merge(cfg, keys, word)
         for key, raw in given.items():
             _make_named(cfg, schema, key)
-            OmegaConf.update(cfg, key, _value(key, raw, _type_of(schema, key)))
+            OmegaConf.update(cfg, key, _value(key, raw, type_of(schema, key)))
         if not complete:
             return cfg
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -189,7 +156,7 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
             raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
         result = OmegaConf.to_object(cfg)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_fold(error)) from error
+        raise UserError(fold(error)) from error
     try:
         check(result)
     except ValueError as error:
@@ -209,70 +176,30 @@ def _file_of(key: str, value: str, schema: type) -> str:
 
 
 def _experiments(schema: type) -> list[str]:
-    """Recipes of conf/experiment; all are of keys of train."""
-    return choices("experiment") if issubclass(schema, TrainConfig) else []
+    """Recipes of conf/experiment whose keys the verb knows: sweep knows all of train's, and its own."""
+    if not issubclass(schema, TrainConfig):
+        return []
+    files = {name: Path(config_dir()) / "experiment" / f"{name}.yaml" for name in choices("experiment")}
+    known = _hints(schema)
+    return [name for name, file in files.items() if all(key in known for key in cast(DictConfig, OmegaConf.load(file)))]
 
 
 def _make_named(cfg: DictConfig, schema: type, key: str) -> None:
     """Make the entry that a word names (``corpus.sources.NAME.path``): OmegaConf makes none of a dataclass by itself."""
     parts = key.split(".")
     for depth in range(1, len(parts) - 1):
-        hint = _type_of(schema, ".".join(parts[:depth]))
+        hint = type_of(schema, ".".join(parts[:depth]))
         if get_origin(hint) is dict:
             entries = OmegaConf.select(cfg, ".".join(parts[:depth]))
             if parts[depth] not in entries:
                 entries[parts[depth]] = get_args(hint)[1]
 
 
-def _is_file(choice: str) -> bool:
-    """A group's choice that is no name of ``conf/``."""
-    return choice.endswith((".yaml", ".yml")) or "/" in choice
-
-
-def _read_group(group: str, file: str, schema: type) -> dict[str, Any]:
-    """A group's own YAML; where the group has a name, and the file gives none, it is the file's."""
-    keys = _read_yaml(f"{group}={file}", file, schema, prefix=f"{group}.")
-    return ({"name": Path(file).stem} if "name" in _hints(_type_of(schema, group)) else {}) | keys
-
-
-def _read_yaml(word: str, file: str, schema: type, *, prefix: str = "") -> dict[str, Any]:
-    """Keys and values of a file. :raises UserError: with the word that named it, also for a key that the schema does not know."""
-    if not os.path.isfile(file):
-        raise UserError(f"{word}: no such file")
-    try:
-        loaded = OmegaConf.load(file)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{word}: not valid YAML ({_fold(error)})") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{word}: must hold keys and values")
-    plain: dict[str, Any] = OmegaConf.to_container(loaded)  # type: ignore[assignment]
-
-    def refuse_unknown(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            try:
-                _type_of(schema, prefix + str(key))
-            except UserError as error:
-                raise UserError(f"{word}: {error}") from error
-            if isinstance(value, dict):
-                refuse_unknown(value, f"{prefix}{key}.")
-
-    refuse_unknown(plain, prefix)
-    return plain
-
-
 def _merge(cfg: DictConfig, values: dict[str, Any], word: str) -> DictConfig:
     try:
         return cast(DictConfig, OmegaConf.merge(cfg, values))
     except OmegaConfBaseException as error:
-        raise UserError(f"{word}: {_fold(error)}") from error
-
-
-def _fold(error: BaseException) -> str:
-    """The message of a library on one line, with the key it names."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
-    return f"{key}: {text}" if key else text
+        raise UserError(f"{word}: {fold(error)}") from error
 
 
 def _usage() -> str:
@@ -284,10 +211,10 @@ def _usage() -> str:
 
 def _verb_help(verb: str, words: list[str]) -> str:
     _, what, example = HELP[verb]
-    groups = "\n".join(f"  {group}={','.join(choices(group))}" for group in _groups(VERBS[verb]))
+    lines = "\n".join(f"  {group}={','.join(choices(group))}" for group in groups(VERBS[verb]))
     text = f"raysys {verb}: {what}\n\nexample: {example}\n"
-    if groups:
-        text += f"\nchoices (group=one of these, or a YAML file of its keys: {_groups(VERBS[verb])[0]}=my.yaml):\n{groups}\n"
+    if lines:
+        text += f"\nchoices (group=one of these, or a YAML file of its keys: {groups(VERBS[verb])[0]}=my.yaml):\n{lines}\n"
     if _experiments(VERBS[verb]):
         text += f"  experiment={','.join(_experiments(VERBS[verb]))}: a whole recipe; words come after it\n"
     text += "  config=FILE merges a YAML file between the defaults and the words\n"

@@ -21,6 +21,7 @@ SCHEDULES = ("constant", "ramp", "cosine")
 LOSSES = ("clip", "siglip")
 OVERFLOWS = ("cut", "fit", "wrap")
 STRATEGIES = ("ddp", "fsdp")
+SEARCHES = ("grid", "random", "tpe")
 
 
 @dataclass
@@ -494,16 +495,40 @@ class EvaluateConfig(QuestionsConfig):
 
 
 @dataclass
+class AshaConfig:
+    """Early stopping by asynchronous successive halving (arXiv:1810.05934)."""
+
+    grace_steps: int | None = None
+    """No trial ends before it has so many steps (``train.validate_every`` says when trials are compared); null: every trial runs to its end."""
+    reduction_factor: float = 4.0
+    """At each rung (grace_steps, this many times it, ...) the best 1 / reduction_factor of the trials go on (Ray Tune's default)."""
+
+
+@dataclass
 class SweepConfig(TrainConfig):
-    """One evaluator serves all trials, each at its end."""
+    """A point is what ``space`` says of it; a trial is a point with a seed; one pool of evaluators serves all trials."""
 
     evaluators: list[str] = MISSING
-    """Some of imagenet, coco, retrieval, imagenet_attr, typographic."""
+    """Some of imagenet, coco, retrieval, imagenet_attr, typographic. Objectives are their first metrics (acc1, mean_recall@1)."""
     space: str = MISSING
-    """Name in conf/space or a YAML file: dotted key of the train config -> list of values."""
-    num_samples: int = 1
-    """How often the grid is repeated (with seeds ``seed``, ``seed + 1``, ...)."""
-    max_concurrent: int = 1
+    """Name in conf/space or a YAML file: key of the train config -> list of values, or {low, high, log} for a number."""
+    search: str = "grid"
+    """``grid``: every combination of the lists; ``random``; ``tpe``: Optuna's tree-structured Parzen estimator, which learns from the trials
+    that ended (arXiv:2304.11127)."""
+    num_samples: int | None = None
+    """Points of ``random`` and ``tpe``. More than an earlier call had: the sweep goes on."""
+    seeds: int = 1
+    """Trials of each point, with ``seed``, ``seed + 1``, ...: their means are compared, never the luckiest. More than before: goes on."""
+    objective: str = "mean"
+    """What ``best.yaml``, ``asha`` and ``tpe`` go by: the ``mean`` of the objectives, or one evaluator's name. With ``tpe`` also ``front``: all
+    objectives at once (Optuna's multi-objective TPE); best.yaml then goes by the mean."""
+    asha: AshaConfig = field(default_factory=AshaConfig)
+    max_concurrent: int = 0
+    """Trials at a time; 0: as many as the cluster has room for."""
+    measure_steps: int = 20
+    """Steps of the rehearsal that says, before the start, what the sweep will take; 0: none."""
+    dry_run: bool = False
+    """Stop after the cost line."""
 
 
 @dataclass
@@ -702,6 +727,32 @@ def check_attack(attack: AttackSettings) -> None:
         _require(attack.model is not None, "attack.classes=nearest needs attack.model=MODEL")
 
 
+def check_sweep(cfg: SweepConfig) -> None:
+    _one_of("search", cfg.search, SEARCHES)
+    if cfg.search == "grid":
+        _require(
+            cfg.num_samples is None,
+            "num_samples is for search=random and search=tpe: a grid has every point once; seeds=N repeats each",
+        )
+    else:
+        _require(cfg.num_samples is not None, f"search={cfg.search} needs num_samples=N, the number of points")
+        _positive("num_samples", cfg.num_samples or 0)
+    _positive("seeds", cfg.seeds)
+    for key in ("max_concurrent", "measure_steps"):
+        _require(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
+    _one_of("objective", cfg.objective, ("mean", *(["front"] if cfg.search == "tpe" else []), *cfg.evaluators))
+    grace, every = cfg.asha.grace_steps, cfg.train.validate_every
+    if grace is not None:
+        _positive("asha.grace_steps", grace)
+        _require(every is not None, f"asha.grace_steps={grace} needs train.validate_every=N: trials are compared by validations")
+        _require(
+            every is None or grace >= every,
+            f"asha.grace_steps={grace} comes before the first validation, train.validate_every={every}",
+        )
+        _require(cfg.objective != "front", "objective=front: asha goes by one number; choose mean or an evaluator")
+    _require(cfg.asha.reduction_factor > 1, f"asha.reduction_factor={cfg.asha.reduction_factor} must be greater than 1")
+
+
 def check_corpus(corpus: CorpusConfig, *, needed: bool) -> None:
     _require(not needed or corpus.path is not None or bool(corpus.sources), "missing: corpus.path=...")
     _require(corpus.path is None or not corpus.sources, "corpus.path and corpus.sources are both given; leave one out")
@@ -735,12 +786,12 @@ def check(cfg: Any) -> None:
             "annotations and selection are both given; a selection knows its annotations, leave one out",
         )
     if isinstance(cfg, TrainConfig | DemoConfig) and cfg.train.validate_every is not None:
-        trains = isinstance(cfg, TrainConfig) and not isinstance(cfg, SweepConfig)
-        _require(trains, "train.validate_every is for raysys train; sweep and demo evaluate a model when it is trained")
+        _require(
+            isinstance(cfg, TrainConfig), "train.validate_every is for train and sweep; demo evaluates a model when it is trained"
+        )
         _require(isinstance(cfg, TrainConfig) and len(cfg.evaluators) > 0, "train.validate_every needs evaluators=[...]")
     if isinstance(cfg, SweepConfig):
-        _positive("num_samples", cfg.num_samples)
-        _positive("max_concurrent", cfg.max_concurrent)
+        check_sweep(cfg)
     if isinstance(cfg, EvaluateConfig):
         _require(cfg.model is not None or bool(cfg.models), "missing: model=... (or models.NAME.model=... for several)")
         _require(cfg.model is None or not cfg.models, "model and models are both given; leave one out")

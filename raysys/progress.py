@@ -39,7 +39,7 @@ class Progress:
         spent = max(self._last - self._started, 1e-9)
         before = self._already / max(self._total, 1)
         here = (share - before) / max(1 - before, 1e-9)  # of what this call had to do
-        left = f"{_duration(spent / here * (1 - here))} left" if here > 0 else ""
+        left = f"{duration(spent / here * (1 - here))} left" if here > 0 else ""
         here_done = items or self.done - self._already
         rate = f"{here_done / spent:.1f} {'samples' if items else self._unit}/s" if here_done else ""
         text = "  ".join(part for part in (f"{self._stage}  {self.done}/{self._total} {self._unit}", rate, note, left) if part)
@@ -53,7 +53,8 @@ class Progress:
             print(file=sys.stderr)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As a person says it."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import tarfile
@@ -22,6 +23,7 @@ from raysys.regions.annotations import SCHEMA, AnnotationFiles
 from raysys.reporting import html
 from raysys.reporting.html import report, series_of
 from raysys.storage import UserError, identity, open_output, write_json
+from raysys.sweeping.results import points_of, row_of, write_tables
 
 HOSTILE = '<script>alert("caption")</script>"><img onerror=alert(1)>'
 REGION = {
@@ -170,18 +172,67 @@ def evaluation(path: Path, attacked: Path, *models: str) -> Path:
     return out
 
 
-def sweep(path: Path) -> Path:
-    out = folder(path, "sweep", {"space": "small"}, {"trials": 4})
-    points = [(a, f) for a in (0.0, 1.0) for f in (1, 0)]
+GRID = {"policy": ["none", "paper"], "augment.factor": [1, 0]}
+SHARES = [(0.5, 0.2), (0.8, 0.3), (0.7, 0.5), (0.9, 0.9)]
+"""imagenet and imagenet_attr at each point of GRID; the last one lacks a seed."""
+
+
+def trial(seed: int, shares: tuple[float, ...] | None, *, kept: float = 0.5) -> dict[str, Any]:
+    """result.json of a trial that finished, or of one that failed. Seeds 0, 1, 2 are a point lower, equal, a point higher."""
+    if shares is None:
+        return {"status": "failed", "reason": "out of <memory>"}
+    metrics = {
+        name: {"acc1": share + 0.01 * (seed - 1)} for name, share in zip(("imagenet", "imagenet_attr"), shares, strict=False)
+    }
+    return {"status": "finished", "steps": 600, "kept_share": kept, "metrics": metrics, "seconds": 10.0, "samples_per_s": 64.0}
+
+
+def sweep(
+    path: Path, space: dict[str, Any], points: list[dict[str, Any]], results: dict[tuple[int, int], dict[str, Any] | None],
+    *, num_objectives: int = 2, manifest: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """A sweep's folder with the results of (point, seed)."""
+    evaluators = ["imagenet", "imagenet_attr"][:num_objectives]
+    out = folder(path, "sweep", {"space": space, "evaluators": evaluators, "objective": "mean"})
+    objectives = [f"{name}/acc1" for name in evaluators]
     rows = [
-        {"trial": f"t{i}", "status": "done" if i < 3 else "failed", "reason": None if i < 3 else "out of <memory>", "policy.max_text_area": a,
-         "augment.factor": f, "seed": 0, "kept_share": 0.5 + a / 2, "imagenet/acc1": 0.1 * i if i < 3 else None, "score": 0.1 * i if i < 3 else None}
-        for i, (a, f) in enumerate(points)
-    ]  # fmt: skip
-    write_parquet(out / "results.parquet", rows)
-    write_json(str(out / "front.json"), ["t2"])
-    (out / "best.yaml").write_text("policy:\n  max_text_area: 1.0\n")
+        row_of(f"p{n}s{seed}", n, seed, points[n], result, objectives=objectives, objective="mean")
+        for (n, seed), result in results.items()
+    ]
+    write_tables(str(out), rows, points_of(rows, list(space), objectives), objectives)
+    (out / "best.yaml").write_text("policy:\n  name: <paper>\n")
+    if manifest is not None:
+        write_json(str(out / "manifest.json"), {"verb": "sweep", "counts": {"trials": len(rows)}} | manifest)
     return out
+
+
+def grid_of(space: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+
+
+def grid_sweep(path: Path, *, num_seeds: int = 3) -> Path:
+    """Every point finished but the luckiest one, whose last seed failed."""
+    results: dict[tuple[int, int], dict[str, Any] | None] = {
+        (n, seed): trial(seed, SHARES[n], kept=(1.0, 1.0, 0.5, 0.5)[n]) for n in range(4) for seed in range(num_seeds)
+    }
+    results[3, num_seeds - 1] = trial(num_seeds - 1, None)
+    return sweep(path, GRID, grid_of(GRID), results, manifest={"seconds": 600.0, "decoded": {"imagenet": 1234}, "best": 2})
+
+
+def plot_of(page: str, section: str, title: str) -> str:
+    """The SVG under a heading and a title."""
+    of_section = page[page.index(f"<h2>{section}</h2>") :].split("<h2>")[1]
+    return of_section[of_section.index(f"<figcaption>{title}</figcaption>") :].split("</figure>")[0]
+
+
+def error_bars(svg: str) -> int:
+    return sum(lines.count("<path d=") for lines in re.findall(r'<g id="LineCollection_\d+">.*?</g>', svg, re.DOTALL))
+
+
+def cell_texts(svg: str) -> list[str]:
+    """Numbers in the cells of a heat map: they are black or white, every other text has the page's colour."""
+    texts = re.findall(r"<text ([^>]*)>([^<]*)</text>", svg)
+    return [text for style, text in texts if "currentColor" not in style]
 
 
 def page_of(path: Path) -> str:
@@ -368,15 +419,108 @@ def test_results_of_another_program_are_said_not_shown(tmp_path: Path) -> None:
     assert "theirs.json was not written by this version" in page and "shows tench" in page
 
 
-def test_sweep_marks_the_front_and_shows_the_best_point(tmp_path: Path) -> None:
-    page = page_of(sweep(tmp_path / "sweep"))
-    assert re.search(r'<tr class="marked"><td>★</td><td>t2</td>', page) and page.count("<td>★</td>") == 1
-    assert "max_text_area: 1.0" in page and "out of &lt;memory&gt;" in page
-    assert "<figcaption>Score</figcaption>" in page and "<figcaption>imagenet/acc1</figcaption>" in page
+def test_sweep_shows_a_point_as_the_mean_over_its_seeds_with_an_interval(tmp_path: Path) -> None:
+    page = page_of(grid_sweep(tmp_path / "W"))
+    # .69, .70, .71: s = .01, t(.975, 2) = 4.3027, 4.3027 * .01 / sqrt(3) = .0248
+    best = "<td>★</td><td>2</td><td>paper</td><td>1</td><td>3/3</td><td>50.00%</td><td>70.00% [67.52,\u00a072.48]</td>"
+    assert f'<tr class="marked">{best}' in page and page.count('class="marked"') == 1
+    assert "<td>★</td><td>1</td><td>none</td><td>0</td>" in page and page.count("<td>★</td>") == 2
+    assert "Best (bold): point 2." in page and "name: &lt;paper&gt;" in page
+
+
+def test_sweep_point_that_lacks_a_seed_is_neither_best_nor_on_the_front(tmp_path: Path) -> None:
+    page = page_of(grid_sweep(tmp_path / "W"))
+    # .89, .90: s = .00707, 12.706 * .00707 / sqrt(2) = .0635
+    assert "<td></td><td>3</td><td>paper</td><td>0</td><td>2/3</td><td>50.00%</td><td>89.50% [83.15,\u00a095.85]</td>" in page
+    assert "not all seeds" in plot_of(page, "Each objective against the share kept", "imagenet/acc1")
+
+
+def test_sweep_says_what_became_of_its_trials_and_why(tmp_path: Path) -> None:
+    page = page_of(grid_sweep(tmp_path / "W"))
+    assert "4 points, 3 seeds each, 12 trials: 11 finished, 1 failed. All seeds finished of 3 of 4 points" in page
+    assert "<td>p3s2</td><td>failed</td><td>–</td><td>out of &lt;memory&gt;</td>" in page and "<memory>" not in page
+    assert "How long it took: 10 min in the call that ended it; its trials, one after another, are 110 s." in page
+    assert "1,234 of imagenet" in page
+
+
+def test_sweep_points_of_three_seeds_have_error_bars_and_those_of_one_have_none(tmp_path: Path) -> None:
+    section, front = "Each objective against the share kept", "imagenet_attr/acc1 against imagenet/acc1"
+    page = page_of(grid_sweep(tmp_path / "three"))
+    assert error_bars(plot_of(page, section, "imagenet/acc1")) == 4
+    assert error_bars(plot_of(page, "The front", front)) == 8  # one for each objective
+    page = page_of(grid_sweep(tmp_path / "one", num_seeds=1))
+    assert error_bars(plot_of(page, section, "imagenet/acc1")) == error_bars(plot_of(page, "The front", front)) == 0
+    assert "With one seed there is none" in page and "[" not in page[page.index("<td>★</td>") : page.index("</table>")]
+
+
+def test_sweep_heat_map_shows_means_over_seeds_and_no_cell_for_a_point_that_lacks_one(tmp_path: Path) -> None:
+    page = page_of(grid_sweep(tmp_path / "W"))
+    cells = {title: sorted(cell_texts(plot_of(page, "Two keys against each other", title))) for title in ("imagenet/acc1", "score")}
+    assert cells == {"imagenet/acc1": ["50.0%", "70.0%", "80.0%"], "score": ["35.0%", "55.0%", "60.0%"]}
+
+
+def test_sweep_of_three_keys_averages_cells_over_the_third_only_where_all_its_values_are_there(tmp_path: Path) -> None:
+    space = {"policy": ["none", "paper"], "augment.factor": [1, 0], "optim.lr": [0.1, 0.2]}
+    shares = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, None]
+    results = {(n, 1): trial(1, None if share is None else (share,)) for n, share in enumerate(shares)}
+    section = page_of(sweep(tmp_path / "W", space, grid_of(space), results, num_objectives=1))
+    section = section[section.index("<h2>Two keys") :].split("<h2>")[1]
+    maps = [sorted(cell_texts(svg)) for svg in section.split("</figure>")[:-1]]
+    # policy x factor: (.1 + .2) / 2, ...; policy x lr: (.1 + .3) / 2, ...; factor x lr: (.1 + .5) / 2, ...
+    assert maps == [["15.0%", "35.0%", "55.0%"], ["20.0%", "30.0%", "60.0%"], ["30.0%", "40.0%", "50.0%"]]
+    assert "the mean over all values of the keys that are not on its axes" in section
+
+
+def test_sweep_over_ranges_shows_each_objective_against_each_of_them(tmp_path: Path) -> None:
+    space = {"policy.max_text_area": {"low": 0.0, "high": 1.0}, "optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    points = [{"policy.max_text_area": 0.1 * n, "optim.lr": 10 ** (-4 + 0.2 * n)} for n in range(11)]
+    page = page_of(sweep(tmp_path / "W", space, points, {(n, 1): trial(1, (0.05 * n,)) for n in range(11)}, num_objectives=1))
+    of_keys = page[page.index("<h2>Each objective against a key</h2>") :].split("<h2>")[1]
+    area, lr = of_keys.split("</figure>")[:2]
+    assert ">policy.max_text_area</text>" in area and ">0.001</text>" not in area
+    assert all(f">{tick}</text>" in lr for tick in ("optim.lr", "0.0001", "0.001", "0.01"))  # decades: a log axis
+    pair = plot_of(page, "Two keys against each other", "imagenet/acc1")
+    assert not cell_texts(pair) and ">0.001</text>" in pair
+
+
+def test_sweep_stopped_trial_is_told_with_its_steps_and_is_in_no_mean(tmp_path: Path) -> None:
+    results = {(0, seed): trial(seed, (0.5,)) for seed in range(3)} | {(1, seed): trial(seed, (0.6,)) for seed in range(3)}
+    results[1, 2] |= {"status": "stopped", "steps": 100, "metrics": {"imagenet": {"acc1": 0.01}}}
+    space = {"augment.factor": [1, 0]}
+    page = page_of(sweep(tmp_path / "W", space, grid_of(space), results, num_objectives=1))
+    assert "5 finished, 1 stopped early" in page and "<td>p1s2</td><td>stopped</td><td>100</td>" in page
+    assert "<td>1</td><td>0</td><td>2/3</td><td>50.00%</td><td>59.50%" in page
+
+
+def test_sweep_that_was_killed_has_a_page_of_what_is_there(tmp_path: Path) -> None:
+    crashed = {"status": "crashed", "reason": "<b>worker died"}
+    results = {(0, 1): trial(1, (0.5, 0.5)), (1, 1): crashed, (2, 1): None}
+    space = {"policy": ["none", "paper", "<i>parrot"]}
+    page = page_of(sweep(tmp_path / "W", space, grid_of(space), results))
+    assert "Not finished" in page and "&lt;b&gt;worker died" in page and "&lt;i&gt;parrot" in page
+    assert "<b>worker" not in page and "<i>parrot" not in page
+    assert "1 finished, 1 crashed (the same words try them again), 1 not run to the end (the same words go on)" in page
+    assert "<svg" in page and "How long it took" not in page
+
+
+def test_sweep_of_one_point_and_one_without_any_finished_have_a_page(tmp_path: Path) -> None:
+    space = {"augment.factor": [1]}
+    one = page_of(sweep(tmp_path / "one", space, grid_of(space), {(0, 1): trial(1, (0.5, 0.5))}))
+    assert "1 point, 1 seed each, 1 trial: 1 finished." in one and "At every point: augment.factor=1." in one and "<svg" not in one
+    none = sweep(tmp_path / "none", GRID, grid_of(GRID), {(n, 1): trial(1, None) for n in range(4)})
+    (none / "best.yaml").unlink()
+    page = page_of(none)
+    assert "No point is complete, so none is best." in page and "No best.yaml" in page and "<svg" not in page
 
 
 def test_sweep_that_has_not_ended_says_so(tmp_path: Path) -> None:
     assert "results.parquet is missing" in page_of(folder(tmp_path / "sweep", "sweep"))
+
+
+def test_sweep_of_another_version_is_said_not_shown(tmp_path: Path) -> None:
+    out = folder(tmp_path / "W", "sweep", {"space": GRID, "evaluators": ["imagenet"]})
+    write_parquet(out / "results.parquet", [{"trial": "t0", "status": "done", "policy": "none", "score": 0.5}])
+    assert "was not written by this version" in page_of(out)
 
 
 def test_demo_puts_the_difference_first_and_composes_the_other_pages(tmp_path: Path) -> None:

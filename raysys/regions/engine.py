@@ -18,8 +18,14 @@ class Engine:
     recognizer: Recognizer | None
 
 
+num_opened = 0
+"""Engines that this process has opened: 0 in a sweep, which says so in its manifest."""
+
+
 def open_engine(ocr: OcrConfig) -> Engine:
     """:raises UserError: where a package, a model or the device is not there; nothing falls back in silence."""
+    global num_opened
+    num_opened += 1
     models = find_models(ocr)
     detectors = {model.name: _detector(ocr, model) for model in models.detectors}
     return Engine(

@@ -3,7 +3,7 @@
 In: a folder that a verb wrote (told by settings.json's "verb"). Out: PATH/report.html. The module reads as it works: load the
 folder, turn it into sections (one function a verb, the demo composes the others'), render page.html.j2 with autoescape on.
 Nothing on the page asks for anything outside it; a missing optional file is said in its section. Leaves plots to
-:mod:`raysys.reporting.plots`.
+:mod:`raysys.reporting.plots`, and a sweep's sections to :mod:`raysys.reporting.sweep_page`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jinja2
@@ -25,12 +24,14 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from raysys.config import ClassSetConfig, PolicyConfig, ReportConfig, TrainConfig, choices, config_dir
+from raysys.config import ClassSetConfig, PolicyConfig, ReportConfig, choices, config_dir
 from raysys.corpus.images import decode
 from raysys.corpus.shards import read_image, shard_path
 from raysys.evaluation.metrics import PRIMARY
 from raysys.policy.policy import judge
 from raysys.reporting import plots
+from raysys.reporting.page import Folder, Picture, Region, Section, Table, in_brackets, read_parquet
+from raysys.reporting.sweep_page import sweep_sections
 from raysys.storage import (
     UserError,
     absolute,
@@ -73,57 +74,6 @@ REFERENCES: dict[str, tuple[str, list[str], dict[str, list[float]]]] = {
 }  # fmt: skip
 
 
-# ---- what a page is made of -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Region:
-    points: str
-    """Corners as "x,y x,y ..." in fractions of width and height: SVG's polygon in a viewBox of 0 0 1 1."""
-    label: str
-
-
-@dataclass
-class Picture:
-    src: str
-    """``data:`` URI; empty where the picture could not be read, then a line says why."""
-    lines: list[str]
-    regions: list[Region] = field(default_factory=list)
-
-
-@dataclass
-class Table:
-    head: list[str]
-    rows: list[list[Any]]
-    marked: set[int] = field(default_factory=set)
-    """Rows to show in bold."""
-
-
-@dataclass
-class Section:
-    title: str
-    notes: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    plots: list[plots.Plot] = field(default_factory=list)
-    groups: list[tuple[str, list[Picture]]] = field(default_factory=list)
-    slider: list[tuple[str, int, str]] = field(default_factory=list)
-    """(threshold, number kept, share kept) for each stop."""
-    text: str = ""
-
-
-@dataclass
-class Folder:
-    path: str
-    verb: str
-    settings: dict[str, Any]
-    manifest: dict[str, Any]
-    """Empty while the work is not finished."""
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        return self.manifest.get("counts", {})
-
-
 # ---- load -------------------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +114,6 @@ def read_rows(folder: str, columns: list[str]) -> tuple[pa.Table | None, str]:
                 if read == MAX_ROWS:
                     return pa.Table.from_batches(batches), f"Pictures and plots look at the first {MAX_ROWS:,} rows only."
     return (pa.Table.from_batches(batches), "") if read else (None, "Nothing to show: the files hold no rows.")
-
-
-def read_parquet(path: str) -> list[dict[str, Any]]:
-    return pq.read_table(io.BytesIO(read_bytes(path))).to_pylist()
 
 
 def series_of(run: str) -> dict[str, tuple[list[float], list[float]]]:
@@ -331,16 +277,6 @@ def training_section(runs: dict[str, str]) -> Section:
 
 def train_sections(folder: Folder) -> list[Section]:
     return [Section("The run", tables=counts_table(folder)), training_section({"run": folder.path})]
-
-
-def percent(metric: str, value: Any) -> Any:
-    is_share = isinstance(value, float) and any(word in metric for word in ("acc", "recall", "success", "share", "drop"))
-    return f"{value:.2%}" if is_share else value
-
-
-def in_brackets(low: float, high: float) -> str:
-    """An interval that stays on one line of a cell."""
-    return f"[{100 * low:.2f},\u00a0{100 * high:.2f}]"
 
 
 def read_results(evaluation: Folder) -> dict[str, list[dict[str, Any]]]:
@@ -510,40 +446,6 @@ def evaluate_sections(folder: Folder) -> list[Section]:
 
 def attack_sections(folder: Folder) -> list[Section]:
     return [Section("The set", folder.manifest.get("notes") or [], counts_table(folder)), attacked_section(folder.path, None)]
-
-
-def sweep_sections(folder: Folder) -> list[Section]:
-    if not exists(join(folder.path, "results.parquet")):
-        return [Section("Trials", ["Nothing to show yet: results.parquet is missing; the sweep has not ended."])]
-    trials = read_parquet(join(folder.path, "results.parquet"))
-    front = set(read_json(join(folder.path, "front.json"))) if exists(join(folder.path, "front.json")) else set()
-    columns = list(trials[0]) if trials else []
-    objectives = [c for c in columns if "/" in c]
-    settable = {f.name for f in fields(TrainConfig)}
-    swept = [c for c in columns if c not in objectives and c.split(".")[0] in settable and len({str(t[c]) for t in trials}) > 1]
-    rows = [["★" if t["trial"] in front else "", *(percent(c, t[c]) for c in columns)] for t in trials]
-    table = Table(["front", *columns], rows, marked={i for i, t in enumerate(trials) if t["trial"] in front})
-    section = Section(
-        "Trials", ["A star marks the front: no other trial is at least as good in everything and better in something."], [table]
-    )
-    for objective in objectives:
-        points: dict[str, tuple[list[float], list[float]]] = {"others": ([], []), "front": ([], [])}
-        for t in trials:
-            if t[objective] is not None and t.get("kept_share") is not None:
-                x, y = points["front" if t["trial"] in front else "others"]
-                x.append(t["kept_share"])
-                y.append(t[objective])
-        section.plots.append(plots.scatter(objective, "share of the corpus kept", points))
-    if len(swept) == 2:
-        cells: dict[tuple[str, str], list[float]] = {}
-        for t in trials:
-            if t.get("score") is not None:
-                cells.setdefault((str(t[swept[0]]), str(t[swept[1]])), []).append(t["score"])
-        means = {key: sum(values) / len(values) for key, values in cells.items()}
-        section.plots += [plots.heat_map("Score", swept[0], swept[1], means)] if means else []
-    best = join(folder.path, "best.yaml")
-    text = read_bytes(best).decode() if exists(best) else ""
-    return [section, Section("Best point (best.yaml)", [] if text else ["No best.yaml: no trial ended well."], text=text)]
 
 
 def demo_sections(folder: Folder) -> list[Section]:

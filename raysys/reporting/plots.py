@@ -2,7 +2,7 @@
 
 In: plain numbers. Out: :class:`Plot`, an SVG that asks for nothing outside and takes the page's text colour, so that it is
 readable in dark mode too. matplotlib's object API only: no pyplot, no global state. Leaves the choice of numbers to
-:mod:`raysys.reporting.html`.
+:mod:`raysys.reporting.html` and :mod:`raysys.reporting.sweep_page`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 INK = "#101112"  # stands for the page's text colour: replaced by currentColor, so no data may be drawn in it
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#64748b")
@@ -35,11 +36,31 @@ STYLE: dict[Any, Any] = {  # matplotlib types its 300 keys one by one
 }
 
 
+MARKS: dict[str, dict[str, Any]] = {
+    "points": {"marker": "o", "markersize": 5, "color": COLORS[0]},
+    "front": {"marker": "*", "markersize": 10, "color": COLORS[1]},
+    "not all seeds": {"marker": "o", "markersize": 5, "markerfacecolor": "none", "markeredgecolor": COLORS[5]},
+    "best": {"marker": "o", "markersize": 14, "markerfacecolor": "none", "markeredgecolor": COLORS[3]},  # a ring around another
+}
+"""What the points of a sweep look like."""
+MAX_NAME = 18
+"""Characters of a tick's name."""
+Interval = tuple[float, float | None, float | None]
+"""Value, low end, high end; without an interval both ends are None."""
+
+
 @dataclass
 class Plot:
     title: str
     svg: Markup
     """Made by matplotlib, which escapes every text in it."""
+
+
+@dataclass
+class Spot:
+    x: Interval
+    y: Interval
+    label: str = ""
 
 
 def _draw(title: str, paint: Callable[[Axes], None], *, height_inch: float = 2.8) -> Plot:
@@ -141,23 +162,85 @@ def lines(title: str, xlabel: str, series: Mapping[str, tuple[Sequence[float], S
     return _draw(title, paint)
 
 
-def scatter(title: str, xlabel: str, points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Plot:
-    """Shares against shares, one colour a group of points."""
+def scatter(
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    groups: Mapping[str, Sequence[Spot]],
+    *,
+    x_share: bool = False,
+    x_log: bool = False,
+    x_names: Sequence[str] = (),
+    stairs: str = "",
+) -> Plot:
+    """Estimates with their error bars, in the marks of :data:`MARKS`; y is a share.
+
+    :param groups: one of MARKS -> its spots, drawn in this order; a group without spots is left out.
+    :param x_names: of x = 0, 1, ..., where x is no number.
+    :param stairs: group whose spots are joined by the border of what they beat (larger is better on both axes).
+    """
 
     def paint(axes: Axes) -> None:
-        for i, (name, (x, y)) in enumerate(points.items()):
-            axes.scatter(x, y, label=name, color=COLORS[i % len(COLORS)], s=36, alpha=0.85)
-        axes.set_xlabel(xlabel)
+        for name, spots in groups.items():
+            if not spots:
+                continue
+            x, y = np.array([(spot.x[0], spot.y[0]) for spot in spots]).T
+            look = MARKS[name]
+            color = look.get("color") or look["markeredgecolor"]
+            across = [(spot.y[0], *spot.x[1:]) for spot in spots if spot.x[1] is not None]
+            upright = [(spot.x[0], *spot.y[1:]) for spot in spots if spot.y[1] is not None]
+            for draw, bars in ((axes.hlines, across), (axes.vlines, upright)):
+                if bars:
+                    draw(*np.array(bars, dtype=float).T, color=color, linewidth=1.2, alpha=0.6, zorder=2)
+            axes.plot(x, y, linestyle="", label=name, zorder=3, **look)
+            if name == stairs:
+                order = np.lexsort((-y, x))
+                axes.plot(x[order], y[order], drawstyle="steps-pre", color=color, linewidth=1, alpha=0.7, zorder=1)
+            for spot in spots:
+                axes.annotate(spot.label, (spot.x[0], spot.y[0]), (5, 5), textcoords="offset points", fontsize=8, zorder=4)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid()
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend()
+        axes.margins(0.08)
+        if x_log:
+            _log(axes.xaxis, [spot.x[0] for spots in groups.values() for spot in spots])
+        if x_names:
+            _name(axes.xaxis, np.arange(len(x_names)), x_names)
+            axes.set_xlim(-0.5, len(x_names) - 0.5)
+        for axis, share in ((axes.xaxis, x_share), (axes.yaxis, True)):
+            if share:
+                axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+                axis.set_major_formatter(PercentFormatter(1))
+                low, high = axis.get_view_interval()  # an interval of few seeds may leave 0..1; a share does not
+                (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(max(low, -0.03), min(high, 1.03))
+        axes.figure.legend(loc="outside upper center", ncols=4)
 
-    return _draw(title, paint)
+    return _draw(title, paint, height_inch=3.2)
+
+
+def _log(axis: Axis, values: Sequence[float]) -> None:
+    """A log axis with plain numbers on it: matplotlib's own are formulas."""
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
+    decades = np.log10(max(values) / min(values))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _name(axis: Axis, places: np.ndarray, names: Sequence[str]) -> None:
+    """Names as ticks: long ones are cut in their middle, and lean where they would run into each other."""
+    short = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 + 1 :]}" for name in names]
+    leans = axis is axis.axes.xaxis and sum(len(name) + 2 for name in short) > 48  # characters of 9 pt on the width of a plot
+    axis.set_ticks(places, short)
+    if leans:
+        for label in axis.get_ticklabels():
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
 
 
 def heat_map(title: str, xlabel: str, ylabel: str, cells: Mapping[tuple[str, str], float]) -> Plot:
-    """(x, y) -> value as coloured cells with the number in each; a missing cell stays empty."""
+    """(x, y) -> share as coloured cells with the number in each; a cell of NaN stays empty.
+
+    :param cells: columns from the left and rows from the bottom, in the order in which they come; at least one is a number.
+    """
     columns, rows = (list(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))
 
     def paint(axes: Axes) -> None:
@@ -167,12 +250,31 @@ def heat_map(title: str, xlabel: str, ylabel: str, cells: Mapping[tuple[str, str
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 # viridis is dark at its low end
-                axes.text(
-                    column + 0.5, row + 0.5, f"{value:.3f}", ha="center", va="center", color="white" if value <= middle else "black"
-                )
-        axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
-        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+                color = "white" if value <= middle else "black"
+                size = 9 if len(columns) < 7 else 7
+                axes.text(column + 0.5, row + 0.5, f"{value:.1%}", ha="center", va="center", color=color, fontsize=size)
+        _name(axes.xaxis, np.arange(len(columns)) + 0.5, columns)
+        _name(axes.yaxis, np.arange(len(rows)) + 0.5, rows)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.figure.colorbar(mesh, ax=axes).outline.set_visible(False)
+        axes.figure.colorbar(mesh, ax=axes, format=PercentFormatter(1)).outline.set_visible(False)
 
     return _draw(title, paint, height_inch=1.6 + 0.35 * len(rows))
+
+
+def colored(
+    title: str, xlabel: str, ylabel: str, spots: Sequence[tuple[float, float, float]], *, x_log: bool = False, y_log: bool = False
+) -> Plot:
+    """(x, y, share) as dots on two axes of numbers, in the colours of :func:`heat_map`: for values that share no cell."""
+
+    def paint(axes: Axes) -> None:
+        x, y, value = np.array(spots, dtype=float).T
+        for axis, log, values in ((axes.xaxis, x_log, x), (axes.yaxis, y_log, y)):
+            if log:
+                _log(axis, values)
+        drawn = axes.scatter(x, y, c=value, cmap="viridis", s=64)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid()
+        axes.margins(0.08)
+        axes.figure.colorbar(drawn, ax=axes, format=PercentFormatter(1)).outline.set_visible(False)
+
+    return _draw(title, paint, height_inch=3.2)

@@ -21,7 +21,7 @@ from raysys.training.lock import RunLock
 WRITE_EVERY_S = 10.0
 """Fewest seconds between two writes to an object store, which knows no append: each is of the whole log."""
 TAIL_BYTES = 16 << 10
-"""Holds the last line; one is under 1 KB."""
+"""Holds the newest lines; one is under 1 KB."""
 WRITE_SHARE = 0.01
 """Largest share of the time that those writes take; 1e6 steps with a line every 10 are 50 MB, and are then written once a minute."""
 
@@ -39,18 +39,17 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def read_last_metrics(run: str) -> dict[str, Any] | None:
-    """The newest complete line of a step (not of a validation); reads the end of the log only."""
+def read_newest_metrics(run: str) -> list[dict[str, Any]]:
+    """The newest complete lines, some twenty, in the order in which they were written; reads the end of the log only."""
     fs, path = open_fs(join(run, "metrics.jsonl"))
     try:
         with named_errors(run):
             end = fs.cat_file(path, start=-TAIL_BYTES)
     except FileNotFoundError:
-        return None
+        return []
     lines = end[: end.rfind(b"\n")].splitlines()
     whole = lines[1:] if len(end) == TAIL_BYTES else lines  # the first may be the end of a line
-    records = (json.loads(line) for line in reversed(whole))
-    return next((record for record in records if "loss" in record), None)
+    return [json.loads(line) for line in whole]
 
 
 class MetricsLog:

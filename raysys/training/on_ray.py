@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -28,15 +28,17 @@ from raysys.storage import Output, UserError, WorkFailed, is_local, open_output,
 from raysys.training import checkpoint
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.loop import Host, StoppedByPeer, run_worker
-from raysys.training.metrics import read_last_metrics, read_metrics
+from raysys.training.metrics import read_metrics, read_newest_metrics
 from raysys.training.model import check_training_model
 from raysys.training.samples import check_evidence, choose_samples, order_of, weighted_sources
 from raysys.training.validation import SCORE
 
 CPUS_PER_WORKER = 0.9
 """Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores."""
-_QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "typographic", "service")
+QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "typographic", "service")
 """Words that say how a run is validated, not what it learns."""
+NOT_LEARNT = ("num_workers", "use_gpu", "corpus", "annotations", "selection", "free", *QUESTIONS)
+"""Of :func:`run_settings`, what a run may be taken up without."""
 
 
 def train(cfg: TrainConfig) -> None:
@@ -50,27 +52,30 @@ def train(cfg: TrainConfig) -> None:
     print(f"next:   raysys evaluate model={run.path} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS")
 
 
-def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
+Heard = Callable[[int, dict[str, float]], None]
+"""Takes a validation: the step, and its line of metrics.jsonl."""
+
+
+def train_run(
+    cfg: TrainConfig, *, concurrent_runs: int = 1, pool: EvaluatorPool | None = None, heard: Heard | None = None
+) -> Output:
     """Train a run to its end, or take it up where it was left; sweep and demo call this too.
 
     :param concurrent_runs: runs that share the machine (their workers share its cores).
+    :param pool: who validates; None: evaluators of the run's own.
+    :param heard: is told every validation once, those of earlier calls too, by a thread of its own.
     :raises UserError: where words, corpus and cluster do not fit each other.
     """
     check_training_model(cfg)
-    sets, _ = evaluator_sets(cfg)
-    run = open_output(
-        cfg.output,
-        "train",
-        _settings(cfg) | {"evidence": check_evidence(cfg)},
-        not_in_fingerprint=("num_workers", "use_gpu", "corpus", "annotations", "selection", "free", *_QUESTIONS),
-    )
+    sets = evaluator_sets(cfg)[0] if pool is None else {}
+    run = open_output(cfg.output, "train", run_settings(cfg), not_in_fingerprint=NOT_LEARNT)
     if run.finished:
         print(f"train: nothing is left to do, all {cfg.num_steps} steps are done")
         return run
     there = checkpoint.steps_there(run.path)
     lock = RunLock.take(run.path)
     try:
-        index = _train_to_the_end(cfg, sets, run, lock, there, concurrent_runs)
+        index = _train_to_the_end(cfg, sets, run, lock, there, concurrent_runs, pool, heard)
         lock.check()
     except LostLock as error:
         raise UserError(str(error)) from error
@@ -99,7 +104,14 @@ def train_run(cfg: TrainConfig, *, concurrent_runs: int = 1) -> Output:
 
 
 def _train_to_the_end(
-    cfg: TrainConfig, sets: dict[str, SetConfig], run: Output, lock: RunLock, there: list[int], concurrent_runs: int
+    cfg: TrainConfig,
+    sets: dict[str, SetConfig],
+    run: Output,
+    lock: RunLock,
+    there: list[int],
+    concurrent_runs: int,
+    pool: EvaluatorPool | None,
+    heard: Heard | None,
 ) -> SampleIndex:
     index = choose_samples(cfg, run.path)
     order = order_of(cfg, index)
@@ -110,13 +122,14 @@ def _train_to_the_end(
         shares = zip(order.shares, weighted_sources(cfg.corpus), strict=True)
         print(f"train: of every batch {', '.join(f'{number} {name}' for number, name in shares)}", flush=True)
     with ray_session(cfg.ray):
-        _fit(cfg, sets, run, index, lock, already=there[-1] if there else 0, concurrent_runs=concurrent_runs)
+        already = there[-1] if there else 0
+        _fit(cfg, sets, run, index, lock, already=already, concurrent_runs=concurrent_runs, pool=pool, heard=heard)
     return index
 
 
-def _settings(cfg: TrainConfig) -> dict[str, Any]:
-    """The words for settings.json: ``free`` are those that a run may be taken up without."""
-    settings = settings_of(cfg)
+def run_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """The words for settings.json, and the evidence; ``free`` are keys of ``train`` that change speed and safety only."""
+    settings = settings_of(cfg) | {"evidence": check_evidence(cfg)}
     loop = settings["train"]
     settings["free"] = {key: loop.pop(key) for key in FREE_LOOP_KEYS}
     loop["steps"] = cfg.num_steps  # the same budget in other words is the same run
@@ -141,6 +154,8 @@ def _fit(
     *,
     already: int,
     concurrent_runs: int,
+    pool: EvaluatorPool | None,
+    heard: Heard | None,
 ) -> None:
     gpus = 1 if cfg.use_gpu else 0
     fewest, most = cfg.worker_range
@@ -153,9 +168,9 @@ def _fit(
     news = _News.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     model, pretrained = portable(cfg.model, cfg.pretrained)  # workers run in a folder of Ray's
     of_workers = replace(cfg, model=model, pretrained=pretrained)
-    validator: _ServiceValidator | None = None
-    if sets:
-        validator = _ServiceValidator(pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service)))))
+    own_pool = pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service)))) if sets else None
+    asked = pool or own_pool
+    validator = _ServiceValidator(asked) if asked else None
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -177,12 +192,12 @@ def _fit(
             name="ray", storage_path=run.join("_ray"), failure_config=FailureConfig(max_failures=cfg.train.max_failures)
         ),
     )
-    with _progress(run, cfg.num_steps, news, already=already):
+    with _progress(run, cfg.num_steps, news, already=already, heard=heard):
         trainer.fit()
     error = ray.get(news.error.remote())
     ray.kill(news)
-    if validator is not None:
-        validator.pool.close()
+    if own_pool is not None:
+        own_pool.close()
     if is_local(run.path):
         shutil.rmtree(run.join("_ray"), ignore_errors=True)  # Ray's own state; ours is in checkpoints
     if error is not None:
@@ -260,22 +275,33 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _progress(run: Output, steps: int, news: Any, *, already: int) -> Iterator[None]:
+def _progress(run: Output, steps: int, news: Any, *, already: int, heard: Heard | None) -> Iterator[None]:
     """Show the run's progress, and what workers say, while they write its log."""
     stop = threading.Event()
+    told: set[int] = set()
+
+    def tell(lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            if heard is not None and SCORE in line and line["step"] not in told:
+                told.add(line["step"])
+                heard(line["step"], line)
 
     def follow() -> None:
-        progress, shown, heard, stopped = Progress("train", steps, "steps", already=already), already, 0, False
+        progress, shown, lines_heard, stopped = Progress("train", steps, "steps", already=already), already, 0, False
+        tell(read_metrics(run.path))
         while not stopped:
             stopped = stop.wait(2.0)  # and look once more at the end
             said = ray.get(news.said.remote())
-            for line in said[heard:]:
+            for line in said[lines_heard:]:
                 print(f"train: {line}", file=sys.stderr, flush=True)
-            heard = len(said)
-            last = read_last_metrics(run.path)
+            lines_heard = len(said)
+            newest = read_newest_metrics(run.path)
+            tell(newest)
+            last = next((line for line in reversed(newest) if "loss" in line), None)
             if last is not None and last["step"] > shown:
                 progress.advance(last["step"] - shown, note=f"loss {last['loss']:.3f}  {last['samples_per_s']:.0f} samples/s")
                 shown = last["step"]
+        tell(read_metrics(run.path))
         progress.close()
 
     thread = threading.Thread(target=follow, daemon=True)
