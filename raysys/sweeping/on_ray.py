@@ -451,7 +451,7 @@ def _tune(
     class Results(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             last = trial.last_result
-            early = {"status": "stopped", "reason": f"stopped early by asha after {last.get('step')} steps"}
+            early = {"status": "stopped", "reason": "among the worst at that step (asha)"}
             end(trial.config["job"].name, last.get("result") or early | {"steps": last["step"], "metrics": last["metrics"]})
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
