@@ -41,7 +41,8 @@ class Progress:
         here = (share - before) / max(1 - before, 1e-9)  # of what this call had to do
         left = f"{duration(spent / here * (1 - here))} left" if here > 0 else ""
         here_done = items or self.done - self._already
-        rate = f"{here_done / spent:.1f} {'samples' if items else self._unit}/s" if here_done else ""
+        per_s, unit = here_done / spent, "samples" if items else self._unit
+        rate = f"{per_s:.1f} {unit}/s" if per_s >= 0.1 else f"{60 * per_s:.1f} {unit}/min" if per_s else ""
         text = "  ".join(part for part in (f"{self._stage}  {self.done}/{self._total} {self._unit}", rate, note, left) if part)
         if self._live:
             print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)

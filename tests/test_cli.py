@@ -12,10 +12,13 @@ import pytest
 from raysys.cli import HELP, compose_config
 from raysys.config import VERBS, AugmentConfig, LookConfig, OcrConfig, PolicyConfig, choices
 from raysys.storage import UserError
+from raysys.sweeping.space import read_space
 from raysys.training.model import check_training_model
 
 Cli = Callable[..., tuple[int, str, str]]
+SWEEPS = ("paper", "paper_small")
 TRAIN = ["train", "corpus.path=x", "output=y", "model=z", "train.steps=10"]
+SWEEP = ["sweep", *TRAIN[1:], "space=small", "evaluators=[imagenet]", "imagenet.path=i"]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,22 @@ TRAIN = ["train", "corpus.path=x", "output=y", "model=z", "train.steps=10"]
         ([*TRAIN, "train.validate_every=5"], "train.validate_every needs evaluators=[...]"),
         ([*TRAIN, "evaluators=[retrieval]"], "evaluator retrieval needs retrieval.path=..."),
         ([*TRAIN, "optim.grad_clip_norm=0"], "optim.grad_clip_norm=0.0 must be greater than 0"),
+        (
+            [*SWEEP, "num_samples=3"],
+            "num_samples is for search=random and search=tpe: a grid has every point once; seeds=N repeats each",
+        ),
+        ([*SWEEP, "search=random"], "search=random needs num_samples=N"),
+        ([*SWEEP, "search=bayes"], "search=bayes is not one of grid, random, tpe"),
+        ([*SWEEP, "seeds=0"], "seeds=0 must be greater than 0"),
+        ([*SWEEP, "objective=coco"], "objective=coco is not one of mean, imagenet"),
+        ([*SWEEP, "objective=front"], "objective=front is not one of mean, imagenet"),
+        ([*SWEEP, "asha.grace_steps=5"], "asha.grace_steps=5 needs train.validate_every=N"),
+        ([*SWEEP, "asha.grace_steps=5", "train.validate_every=6"], "asha.grace_steps=5 comes before the first validation"),
+        (
+            ["sweep", *TRAIN[1:], "space=/no/space", "evaluators=[imagenet]", "imagenet.path=i"],
+            "space=/no/space is neither a file nor one of paper, ",
+        ),
+        (SWEEP, "x: no such file"),
         (["train", "experiment=paper", "corpus.path=x", "output=y"], "experiment=paper is not there; choose from cpu_smoke, "),
         (["annotate", "experiment=cpu_smoke", "corpus.path=x", "output=y"], "only train and sweep have experiments"),
         (["train", "config=/no/file.yaml"], "config=/no/file.yaml: no such file"),
@@ -82,9 +101,19 @@ def test_text_is_taken_to_the_letter() -> None:
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_is_a_whole_recipe(name: str) -> None:
-    cfg = compose_config("train", [f"experiment={name}", "corpus.path=c", "output=o"])
+    words = [f"experiment={name}", "corpus.path=c", "output=o"]
+    if name == "paper":  # whose pictures are the user's
+        words += ["annotations=A", "imagenet.path=i", "coco.path=c", "imagenet_attr.path=a"]
+    cfg = compose_config("sweep" if name in SWEEPS else "train", words)
     assert cfg.num_steps > 0 and cfg.pretrained == "random"
     check_training_model(cfg)
+    if name in SWEEPS:
+        assert read_space(cfg.space)
+
+
+def test_experiments_of_sweeps_are_not_offered_to_train() -> None:
+    with pytest.raises(UserError, match=r"experiment=paper_small is not there; choose from cpu_smoke, datacomp_large"):
+        compose_config("train", ["experiment=paper_small", "output=o"])
 
 
 def test_datacomp_recipes_are_datacomps() -> None:

@@ -14,9 +14,8 @@ import math
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,17 +27,15 @@ from ray.tune.search import Searcher
 
 from raysys.cluster import num_cpus, ray_session, require
 from raysys.config import SweepConfig, TrainConfig
-from raysys.corpus.shards import absolute_corpus, open_corpus
+from raysys.corpus.shards import open_corpus
 from raysys.evaluation.evaluator import SetConfig
 from raysys.evaluation.metrics import PRIMARY
 from raysys.evaluation.on_ray import EvaluatorPool, Spec, cpus_beside, evaluator_sets, num_actors_beside, pool_beside
-from raysys.models import portable
 from raysys.progress import Progress, duration
 from raysys.storage import (
     Output,
     UserError,
     WorkFailed,
-    absolute,
     exists,
     join,
     list_names,
@@ -50,12 +47,11 @@ from raysys.storage import (
     write_bytes,
     write_json,
 )
-from raysys.sweeping.results import PointResult, Row, best_point, points_of, row_of, table, write_hparams, write_tables
-from raysys.sweeping.search import Tpe, trials_of
-from raysys.sweeping.space import Point, Space, Trial, at_trial, check_space, draw, grid, group_contents, read_space
+from raysys.sweeping.plan import Job, Plan
+from raysys.sweeping.results import best_point, points_of, table, write_hparams, write_tables
+from raysys.sweeping.space import check_space, group_contents, read_space
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.metrics import read_metrics
-from raysys.training.model import check_training_model
 from raysys.training.on_ray import CPUS_PER_WORKER, NOT_LEARNT, run_settings, train_run
 from raysys.training.validation import SCORE
 
@@ -65,19 +61,13 @@ FREE = ("num_samples", "seeds", "max_concurrent", "measure_steps", "dry_run")
 """Keys that a sweep may be taken up without: the first two add trials."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a trial's process does."""
-
-    name: str
-    cfg: TrainConfig
-    """Its words, its output among them; paths in it hold in any process."""
-
-
 def sweep(cfg: SweepConfig) -> None:
     space = read_space(cfg.space)
-    base, sets, fingerprints = _base(cfg)
+    base = TrainConfig(**{f.name: getattr(cfg, f.name) for f in fields(TrainConfig)})
     check_space(space, base, cfg.search)
+    open_corpus(base.corpus)
+    sets, fingerprints = evaluator_sets(cfg)
+    base = replace(base, evaluators=list(sets), **sets)  # type: ignore[arg-type]  # each set is a field of its name
     plan = Plan(cfg, base, space)
     plan.check()
     settings = run_settings(base) | {key: getattr(cfg, key) for key in ("search", "objective", *FREE)}
@@ -92,178 +82,32 @@ def sweep(cfg: SweepConfig) -> None:
     output = open_output(cfg.output, "sweep", settings, not_in_fingerprint=(*NOT_LEARNT, *FREE))
     plan.take_up(output)
     num_decoded: dict[str, int] = {}
-    if plan.num_open:
-        with ray_session(cfg.ray):
-            concurrent = _concurrent(cfg, base, plan.num_open)
-            pool = pool_beside(sets, cfg.service, threads=num_cpus())
-            _tell_cost(cfg, plan, output, pool, concurrent)
-            if not cfg.dry_run:
-                remove_file(output.join("manifest.json"))  # of fewer samples or seeds
-                _run_trials(cfg, plan, output, pool, concurrent)
-            num_decoded = pool.num_decoded()
-            pool.close()
-    else:
-        print(f"sweep: nothing is left to do, all {len(plan.trials)} trials have ended")
+    try:
+        if plan.num_to_come:
+            with ray_session(cfg.ray):
+                num_decoded = _run(cfg, base, sets, plan, output)
+        else:
+            print(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
+    finally:
+        if list_names(output.path) == ["settings.json"]:  # a dry run, or a mistake: other words may come
+            output.forget()
     if cfg.dry_run:
-        if list_names(output.path) == ["settings.json"]:
-            output.forget()  # other words may come
         print("next:   the same words without dry_run=true")
-        return
-    _write_results(cfg, plan, output, num_decoded)
+    else:
+        _write_results(plan, output, num_decoded)
 
 
-def _base(cfg: SweepConfig) -> tuple[TrainConfig, dict[str, SetConfig], dict[str, str]]:
-    """The words of train; the evaluators' sets and their fingerprints."""
-    base = TrainConfig(**{f.name: getattr(cfg, f.name) for f in fields(TrainConfig)})
-    open_corpus(base.corpus)
-    sets, fingerprints = evaluator_sets(cfg)
-    return replace(base, evaluators=list(sets), **sets), sets, fingerprints  # type: ignore[arg-type]  # each set is a field of its name
-
-
-def _anywhere(cfg: TrainConfig) -> TrainConfig:
-    """With paths that hold in any process."""
-    model, pretrained = portable(cfg.model, cfg.pretrained)
-    return replace(
-        cfg,
-        corpus=absolute_corpus(cfg.corpus),
-        annotations=absolute(cfg.annotations) if cfg.annotations else None,
-        selection=absolute(cfg.selection) if cfg.selection else None,
-        model=model,
-        pretrained=pretrained,
-    )
-
-
-# ---- which trials -----------------------------------------------------------------------------------------------------
-
-
-class Plan:
-    """The trials, those that have ended and those to come."""
-
-    def __init__(self, cfg: SweepConfig, base: TrainConfig, space: Space) -> None:
-        self._cfg, self._base, self._space = cfg, base, space
-        self.keys = list(space)
-        self.objectives = [f"{name}/{PRIMARY[name]}" for name in base.evaluators]
-        self._seeds = [cfg.seed + repeat for repeat in range(cfg.seeds)]
-        self._tpe: Tpe | None = None
-        points: list[Point] = []
-        if cfg.search == "grid":
-            points = grid(space)
-        elif cfg.search == "random":
-            points = [draw(space, cfg.seed, number) for number in range(cfg.num_samples or 0)]
-        else:
-            several = len(self.objectives) if cfg.objective == "front" else 1
-            self._tpe = Tpe(space, seed=cfg.seed, num_objectives=several)
-        self.trials = trials_of(points, self._seeds)
-        """All that are known; tpe adds to them."""
-        self._queue: deque[Trial] = deque()
-        self._most = cfg.num_samples if self._tpe else len(points)
-
-    def check(self) -> None:
-        """:raises UserError: where a point can not be trained, before anything runs."""
-        keys, base = self.keys, self._base
-        if base.annotations is None and "annotations" not in keys and any(key.split(".")[0] == "policy" for key in keys):
-            raise UserError("space: policy is swept, so annotations=FOLDER is needed (raysys annotate makes it, once)")
-        alone = [
-            Trial(Point(0, {k: value}), base.seed)
-            for k, values in self._space.items()
-            if isinstance(values, list)
-            for value in values
-        ]
-        of_trials = [at_trial(base, trial, "") for trial in self.trials or alone or [Trial(Point(0, {}), base.seed)]]
-        for of_trial in {repr((c.model, c.pretrained, c.loss, c.towers, c.train)): c for c in of_trials}.values():
-            check_training_model(of_trial)
-
-    def take_up(self, output: Output) -> None:
-        """Go on with what an earlier call left: a point that it proposed, a trial that has ended."""
-        self._output = output
-        self.results: dict[str, dict[str, Any]] = {}
-        if self._tpe:
-            folder = output.join("points")
-            files = sorted(list_names(folder)) if exists(folder) else []
-            for number, file in enumerate(files):
-                point = Point(number, read_json(join(folder, file)))
-                self._tpe.take_up(point)
-                self.trials += trials_of([point], self._seeds)
-        for trial in self.trials:
-            file = self.result_file(trial.name)
-            if exists(file):
-                self.results[trial.name] = read_json(file)
-        self._queue.extend(trial for trial in self.trials if not self._ended(trial))
-        for number in dict.fromkeys(trial.point.number for trial in self.trials):
-            self._tell(number)
-
-    def _ended(self, trial: Trial) -> bool:
-        return self.results.get(trial.name, {"status": "crashed"})["status"] != "crashed"
-
-    @property
-    def num_open(self) -> int:
-        """Trials that have not ended; of tpe also those that are not proposed yet."""
-        unproposed = (self._most or 0) - len(self.trials) // len(self._seeds) if self._tpe else 0
-        return len(self._queue) + max(unproposed, 0) * len(self._seeds)
-
-    @property
-    def num_trials(self) -> int:
-        return max(self._most or 0, len(self.trials) // len(self._seeds)) * len(self._seeds)
-
-    def result_file(self, trial: str) -> str:
-        return self._output.join("trials", trial, "result.json")
-
-    def job(self, trial: Trial) -> Job:
-        return Job(trial.name, _anywhere(at_trial(self._base, trial, self._output.join("trials", trial.name))))
-
-    def coming(self, most: int) -> list[Job]:
-        """Some of the next trials, which stay to come."""
-        there = list(self._queue)[:most]
-        if not there and self._tpe:
-            there = [Trial(draw(self._space, self._cfg.seed, number), self._cfg.seed) for number in range(most)]
-        return [self.job(trial) for trial in there]
-
-    def next(self) -> Job | None:
-        """The next trial; None: that were all."""
-        if not self._queue and self._tpe and self.num_open:
-            point = self._tpe.propose()
-            if point is None:
-                return None
-            write_json(self._output.join("points", f"{point.number:06d}.json"), point.values)
-            self._queue.extend(trials_of([point], self._seeds))
-            self.trials += trials_of([point], self._seeds)
-        return self.job(self._queue.popleft()) if self._queue else None
-
-    def ended(self, name: str, result: dict[str, Any]) -> None:
-        self.results[name] = result
-        self._tell(next(trial.point.number for trial in self.trials if trial.name == name))
-
-    def _tell(self, number: int) -> None:
-        """Tpe learns of a point when the last of its seeds has ended."""
-        rows = self.rows(of_point=number)
-        if self._tpe is None or any(row["status"] in ("missing", "crashed") for row in rows):
-            return
-        if all(row["status"] == "finished" for row in rows):
-            [point] = points_of(rows, self.keys, self.objectives)
-            assert point.score is not None
-            means = tuple(point.objectives[name].mean for name in self.objectives)
-            self._tpe.tell(number, means if self._cfg.objective == "front" else (point.score.mean,))
-        elif all(row["status"] in ("finished", "stopped") for row in rows):
-            self._tpe.tell(number, (statistics.fmean(row["score"] for row in rows),), stopped_at=min(row["steps"] for row in rows))
-        else:
-            self._tpe.tell(number, None)
-
-    def rows(self, of_point: int | None = None) -> list[Row]:
-        return [
-            row_of(
-                trial.name, trial.point.number, trial.seed, trial.point.values, self.results.get(trial.name),
-                objectives=self.objectives, objective=self._cfg.objective,
-            )
-            for trial in sorted(self.trials, key=lambda trial: (trial.point.number, trial.seed))
-            if of_point in (None, trial.point.number)
-        ]  # fmt: skip
-
-    def best(self, point: PointResult) -> TrainConfig:
-        return _anywhere(at_trial(self._base, Trial(Point(point.number, point.values), self._cfg.seed), ""))
-
-    def most_steps(self) -> int:
-        """Of the trials that are known."""
-        return max([at_trial(self._base, trial, "").num_steps for trial in self.trials] or [self._base.num_steps])
+def _run(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], plan: Plan, output: Output) -> dict[str, int]:
+    """:returns: set -> pictures that were decoded; those that lay decoded on disk don't count."""
+    concurrent = _concurrent(cfg, base, plan.num_to_come)
+    pool = pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service))))
+    _tell_cost(cfg, plan, output, pool, concurrent)
+    if not cfg.dry_run:
+        remove_file(output.join("manifest.json"))  # of fewer samples or seeds
+        _run_trials(cfg, plan, output, pool, concurrent)
+    num_decoded = pool.num_decoded()
+    pool.close()
+    return num_decoded
 
 
 # ---- what it will cost ------------------------------------------------------------------------------------------------
@@ -288,12 +132,12 @@ def _concurrent(cfg: SweepConfig, base: TrainConfig, num_trials: int) -> int:
 
 def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, concurrent: int) -> None:
     """Trials, steps, samples, and the time that they take by a rehearsal or by the trials that have ended."""
-    coming = plan.coming(plan.num_open)
-    steps = sum(job.cfg.num_steps for job in coming) * plan.num_open // len(coming)
-    samples = sum(job.cfg.num_steps * job.cfg.global_batch for job in coming) * plan.num_open // len(coming)
-    ended = plan.num_trials - plan.num_open
+    coming = plan.coming()
+    steps = sum(job.cfg.num_steps for job in coming) * plan.num_to_come // len(coming)
+    samples = sum(job.cfg.num_steps * job.cfg.global_batch for job in coming) * plan.num_to_come // len(coming)
+    ended = plan.num_trials - plan.num_to_come
     print(
-        f"sweep: {plan.num_open} trials"
+        f"sweep: {plan.num_to_come} trials"
         + (f" ({ended} of {plan.num_trials} have ended already)" if ended else "")
         + f", {concurrent} at a time on {num_cpus()} CPUs: {steps:,} steps, {samples:,} samples"
         + (", less where asha ends trials early" if cfg.asha.grace_steps else ""),
@@ -307,15 +151,15 @@ def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool
         if rehearsal is None:
             return
         around_s, step_s, first_s, question_s = rehearsal
-        of_trial = around_s + step_s * steps / plan.num_open + question_s
+        of_trial = around_s + step_s * steps / plan.num_to_come + question_s
         source = (
             f"{cfg.measure_steps} steps of {concurrent} trials: {step_s:.3g} s a step, {around_s:.0f} s around a training, "
             f"{question_s:.1f} s an evaluation; sets decoded in {first_s:.0f} s"
         )
     else:
         return
-    total_s = of_trial * math.ceil(plan.num_open / concurrent)
-    gpus = plan.num_open * of_trial / 3600 * cfg.num_workers if cfg.use_gpu and isinstance(cfg.num_workers, int) else 0
+    total_s = of_trial * math.ceil(plan.num_to_come / concurrent)
+    gpus = plan.num_to_come * of_trial / 3600 * cfg.num_workers if cfg.use_gpu and isinstance(cfg.num_workers, int) else 0
     print(f"sweep: about {duration(total_s)}" + (f", {gpus:.1f} GPU hours" if gpus else "") + f" (by {source})", flush=True)
 
 
@@ -329,7 +173,7 @@ def _rehearse(
     folder = output.join("_rehearsal")
     remove_folder(folder)
     jobs = []
-    for job in plan.coming(concurrent):
+    for job in plan.coming()[:concurrent]:
         steps = min(cfg.measure_steps, job.cfg.num_steps)
         loop = replace(
             job.cfg.train, steps=steps, samples_seen=None, log_every=max(1, steps // 4), validate_every=None, keep_best=False
@@ -354,7 +198,7 @@ def _rehearse(
     step_s = statistics.fmean(jobs[0].cfg.global_batch / result["samples_per_s"] for result in good)
     around_s = statistics.fmean(result["seconds"] - step_s * result["steps"] for result in good)
     answers_s = []
-    run = next(job.cfg.output for job, result in zip(jobs, results, strict=True) if exists(join(job.cfg.output, "open_clip")))
+    run = next(job.cfg.output for job in jobs if exists(join(job.cfg.output, "open_clip")))
     for _ in range(2):
         began = time.monotonic()
         ray.get([asked.result for asked in pool.ask(Spec(run, None))])
@@ -368,7 +212,7 @@ def _rehearse(
 
 def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, concurrent: int) -> None:
     lock = RunLock.take(output.path)
-    progress = Progress("sweep", plan.num_trials, "trials", already=plan.num_trials - plan.num_open)
+    progress = Progress("sweep", plan.num_trials, "trials", already=plan.num_trials - plan.num_to_come)
 
     def begin() -> Job | None:
         job = plan.next()
@@ -387,9 +231,12 @@ def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPoo
         _tune(
             begin, end, pool=pool, concurrent=concurrent, place=place, objective=cfg.objective, scheduler=_asha(cfg, plan, output)
         )
-        lock.check()
-    except LostLock as error:
-        raise UserError(str(error)) from error
+    except tune.TuneError:  # what Tune makes of any error of its callbacks
+        try:
+            lock.check()
+        except LostLock as error:
+            raise UserError(str(error)) from error
+        raise
     progress.close()
     remove_folder(output.join("lock"))
 
@@ -402,7 +249,7 @@ def _asha(cfg: SweepConfig, plan: Plan, output: Output) -> ASHAScheduler | None:
         time_attr="step",
         metric="score",
         mode="max",
-        max_t=plan.most_steps() + 1,
+        max_t=plan.most_steps + 1,
         grace_period=cfg.asha.grace_steps,
         reduction_factor=cfg.asha.reduction_factor,
     )
@@ -436,6 +283,8 @@ def _tune(
 
     :param place: folder for Tune's own state; ours is in results.
     """
+
+    remove_folder(place)  # of a call that was killed
 
     class Jobs(Searcher):
         def suggest(self, trial_id: str) -> Any:
@@ -533,7 +382,7 @@ def _ocr_engines_opened() -> int:
 # ---- what came out ----------------------------------------------------------------------------------------------------
 
 
-def _write_results(cfg: SweepConfig, plan: Plan, output: Output, num_decoded: dict[str, int]) -> None:
+def _write_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> None:
     """The files and the table; the manifest only when no trial is left.
 
     :raises UserError: where no trial ended well. :raises WorkFailed: where some crashed.
@@ -544,7 +393,7 @@ def _write_results(cfg: SweepConfig, plan: Plan, output: Output, num_decoded: di
     write_hparams(output.path, rows, plan.keys, plan.objectives)
     best = best_point(points)
     if best is not None:
-        words = {k: v for k, v in asdict(plan.best(best)).items() if k not in ("output", "ray") and v is not None}
+        words = {k: v for k, v in asdict(plan.words_of(best)).items() if k not in ("output", "ray") and v is not None}
         write_bytes(output.join("best.yaml"), yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
     print("\n".join(table(rows, points, plan.keys, plan.objectives, best.number if best else None)))
     print(f"result: {mask(output.path)}")

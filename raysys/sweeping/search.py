@@ -40,14 +40,14 @@ class Tpe:
         self._num_objectives = num_objectives
         self._study = optuna.create_study(directions=["maximize"] * num_objectives, sampler=self._sampler(0))
         self._distributions = {key: _distribution(said) for key, said in space.items()}
-        self._size = math.prod(_num_values(said) for said in space.values())
+        self.size = math.prod(_num_values(said) for said in space.values())
         self._asked: list[optuna.Trial] = []
         """Of each point, by its number."""
         self._known: set[str] = set()
 
     def propose(self) -> Point | None:
         """The next point, other than all before it where the space is finite; None where it has no other."""
-        if len(self._known) >= self._size:
+        if len(self._known) >= self.size:
             return None
         number = len(self._asked)
         self._study.sampler = self._sampler(number)

@@ -192,40 +192,6 @@ def test_attack_then_evaluate_three_ways(ray_cluster: None, run_cli: Cli, tmp_pa
     assert (tmp_path / "E" / "report.html").is_file()
 
 
-def test_sweep_finds_a_point_that_train_accepts_and_a_failed_one_is_a_row(
-    ray_cluster: None, run_cli: Cli, tmp_path: Path, small_corpus: Path, tiny_model: str
-) -> None:
-    assert run_cli("annotate", f"corpus.path={small_corpus}", f"output={tmp_path / 'A'}")[0] == 0
-    test = write_tar(tmp_path / "test.tar", [m for i in range(6) for m in sample(str(i), noise_jpeg(i), f"caption {i}")])
-    space = tmp_path / "space.yaml"
-    space.write_text("policy.max_text_area: [0.0, 1.0]\n")
-    recipe = [word for word in RECIPE if not word.startswith("global_batch")] + ["global_batch=26"]
-    words = (
-        "sweep", f"space={space}", f"corpus.path={small_corpus}", f"annotations={tmp_path / 'A'}", f"model={tiny_model}", "train.steps=3",
-        "evaluators=[retrieval]", f"retrieval.path={test}", f"output={tmp_path / 'W'}", *recipe,
-    )  # fmt: skip
-    status, printed, err = run_cli(*words)
-    assert status == 0, err
-    table = pq.read_table(tmp_path / "W" / "results.parquet").to_pylist()
-    assert [(r["status"], r["policy.max_text_area"], r["kept_share"]) for r in table] == [
-        ("failed", 0.0, None),
-        ("finished", 1.0, 28 / 30),
-    ]
-    assert "24 of 30 samples are kept: global_batch=26 takes 26 samples of 24" in table[0]["reason"]
-    assert set(read_json(str(tmp_path / "W" / "front.json"))) <= {r["trial"] for r in table}
-
-    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "W" / "trials").glob("*/result.json")}
-    status, printed, _ = run_cli(*words)
-    assert status == 0 and "1 done already" in printed
-    again = {p: p.stat().st_mtime_ns for p in (tmp_path / "W" / "trials").glob("*/result.json")}
-    assert again.keys() == finished.keys() and sum(again[p] == finished[p] for p in again) == 1
-
-    status, printed, err = run_cli("train", f"config={tmp_path / 'W'}/best.yaml", f"output={tmp_path / 'R'}")
-    assert status == 0, err
-    assert "3 steps of 26" in printed
-    assert run_cli("report", str(tmp_path / "W"))[0] == 0
-
-
 def test_demo_from_raw_pictures_to_the_report(ray_cluster: None, run_cli: Cli, tmp_path: Path) -> None:
     """The main job, short: numbers are not judged, the path is."""
     status, printed, err = run_cli("demo", f"output={tmp_path / 'D'}", "num_scenes=1000", "train.steps=4", "train.log_every=1")
