@@ -63,9 +63,13 @@ def num_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
+class NoRoom(UserError):
+    """The cluster has no room for what was asked, at the moment or for ever."""
+
+
 def require(what: str, *, cpus: float = 0, gpus: float = 0) -> None:
-    """Refuse what can never run: Ray would wait in silence. :raises UserError: with both numbers."""
+    """Refuse what can never run: Ray would wait in silence. :raises NoRoom: with both numbers."""
     there = ray.cluster_resources()
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > there.get(kind, 0):
-            raise UserError(f"{what} needs {needed:g} {kind}s, the cluster has {there.get(kind, 0):g}; ask for less or add nodes")
+            raise NoRoom(f"{what} needs {needed:g} {kind}s, the cluster has {there.get(kind, 0):g}; ask for less or add nodes")

@@ -749,6 +749,10 @@ def check_sweep(cfg: SweepConfig) -> None:
             every is None or grace >= every,
             f"asha.grace_steps={grace} comes before the first validation, train.validate_every={every}",
         )
+        _require(
+            cfg.seeds == 1,
+            f"asha with seeds={cfg.seeds}: one seed that is stopped takes its point out of the comparison; find points with seeds=1, then repeat the good ones",
+        )
         _require(cfg.objective != "front", "objective=front: asha goes by one number; choose mean or an evaluator")
     _require(cfg.asha.reduction_factor > 1, f"asha.reduction_factor={cfg.asha.reduction_factor} must be greater than 1")
 

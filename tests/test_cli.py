@@ -66,6 +66,7 @@ SWEEP = ["sweep", *TRAIN[1:], "space=small", "evaluators=[imagenet]", "imagenet.
         ([*SWEEP, "objective=coco"], "objective=coco is not one of mean, imagenet"),
         ([*SWEEP, "objective=front"], "objective=front is not one of mean, imagenet"),
         ([*SWEEP, "asha.grace_steps=5"], "asha.grace_steps=5 needs train.validate_every=N"),
+        ([*SWEEP, "asha.grace_steps=5", "train.validate_every=5", "seeds=2"], "asha with seeds=2: one seed that is stopped"),
         ([*SWEEP, "asha.grace_steps=5", "train.validate_every=6"], "asha.grace_steps=5 comes before the first validation"),
         (
             ["sweep", *TRAIN[1:], "space=/no/space", "evaluators=[imagenet]", "imagenet.path=i"],

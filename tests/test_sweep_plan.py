@@ -13,6 +13,7 @@ from raysys.config import SweepConfig, TrainConfig
 from raysys.storage import Output, UserError, write_json
 from raysys.sweeping.plan import Plan
 from raysys.sweeping.space import read_space
+from raysys.training.samples import weighted_sources
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def plan(tmp_path: Path, corpus: Path, model: str, space: str, *words: str) -> P
     (tmp_path / "space.yaml").write_text(space)
     cfg: SweepConfig = compose_config(
         "sweep",
-        [f"space={tmp_path / 'space.yaml'}", f"corpus.path={corpus}", f"model={model}", "train.steps=10", "seed=5", "output=W",
+        [f"space={tmp_path / 'space.yaml'}", *([] if any("corpus." in word for word in words) else [f"corpus.path={corpus}"]), f"model={model}", "train.steps=10", "seed=5", "output=W",
          "evaluators=[imagenet,retrieval]", f"imagenet.path={corpus}", f"retrieval.path={corpus}", *words],
     )  # fmt: skip
     base = TrainConfig(**{key: getattr(cfg, key) for key in TrainConfig.__dataclass_fields__})
@@ -139,6 +140,21 @@ def test_tpe_ends_where_a_small_space_has_no_other_point(tmp_path: Path, corpus:
     assert made.num_trials == 2
     assert sorted(name[3:] for name in rest(made)) == ["_lr=0.1_seed=5", "_lr=0.2_seed=5"]
     assert made.num_to_come == 0
+
+
+def test_sources_keep_their_weights_in_trials(tmp_path: Path, corpus: Path, tiny_model: str) -> None:
+    made = plan(
+        tmp_path, corpus, tiny_model, "corpus.sources.b.weight: [1.0, 3.0]\n",
+        f"corpus.sources.a.path={corpus}", "corpus.sources.a.weight=1", f"corpus.sources.b.path={corpus}", "corpus.sources.b.weight=1",
+    )  # fmt: skip
+    weights = [weighted_sources(job.cfg.corpus) for job in (made.next(), made.next()) if job]
+    assert weights == [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0}]
+
+
+def test_trials_of_one_policy_share_their_selection(tmp_path: Path, corpus: Path, tiny_model: str) -> None:
+    made = plan(tmp_path, corpus, tiny_model, "policy: [none, paper]\naugment.factor: [1, 0]\n", f"annotations={corpus}", "seeds=2")
+    places = [job.evidence for job in made.coming()]
+    assert places[0] == places[1] == places[4] and places[2] == places[3] and places[0] != places[2]
 
 
 def test_policies_need_annotations(tmp_path: Path, corpus: Path, tiny_model: str) -> None:

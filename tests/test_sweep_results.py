@@ -379,6 +379,20 @@ def test_points_that_failed_come_before_those_that_were_stopped() -> None:
     assert lines[-1].endswith("no point is complete, so none is best")
 
 
+def test_points_with_the_same_numbers_in_every_seed_are_told_as_one_training() -> None:
+    scores = {0: (0.5, 0.6), 1: (0.5, 0.6), 2: (0.5, 0.7)}
+    rows = [
+        row(point, seed, {"augment.factor": point}, result(own, 0.25))
+        for point, seeds in scores.items()
+        for seed, own in enumerate(seeds)
+    ]
+    lines = table(rows, points_of(rows, ["augment.factor"], OBJECTIVES), ["augment.factor"], OBJECTIVES, 2)
+    assert [line for line in lines if "same training" in line][0].startswith("points 0, 1 have the same numbers")
+    rows[2] = row(1, 0, {"augment.factor": 1}, result(0.5001, 0.25))
+    lines = table(rows, points_of(rows, ["augment.factor"], OBJECTIVES), ["augment.factor"], OBJECTIVES, 2)
+    assert not [line for line in lines if "same training" in line]
+
+
 def test_long_table_shows_the_front_and_the_best_forty() -> None:
     """Point 0 has the lowest score and stands on the front by its coco."""
     rows = [row(n, 0, {"k": n}, result(0.01 * n, 0.1 if n else 0.15)) for n in range(60)]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import has_magic
 from types import ModuleType
 from urllib.parse import unquote
 
-from raysys.config import CorpusConfig, SourceConfig
+from raysys.config import CorpusConfig
 from raysys.corpus import folder, parquet, tars
 from raysys.corpus.samples import Part, Plan, Sample
 from raysys.storage import FileInfo, UserError, absolute, find_files, identity, join, mask, shard_name
@@ -69,7 +69,7 @@ def open_corpus(corpus: CorpusConfig) -> Corpus:
 
 def absolute_corpus(corpus: CorpusConfig) -> CorpusConfig:
     """The same corpus for a process that runs in another folder."""
-    sources = {name: SourceConfig(absolute(source.path)) for name, source in corpus.sources.items()}
+    sources = {name: replace(source, path=absolute(source.path)) for name, source in corpus.sources.items()}
     return CorpusConfig(absolute(corpus.path) if corpus.path is not None else None, sources)
 
 

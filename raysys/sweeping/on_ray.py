@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysys.cluster import num_cpus, ray_session, require
+from raysys.cluster import NoRoom, num_cpus, ray_session, require
 from raysys.config import SweepConfig, TrainConfig
 from raysys.corpus.shards import open_corpus
 from raysys.evaluation.evaluator import SetConfig
@@ -36,7 +36,6 @@ from raysys.storage import (
     Output,
     UserError,
     WorkFailed,
-    exists,
     join,
     list_names,
     mask,
@@ -52,7 +51,7 @@ from raysys.sweeping.results import best_point, points_of, table, write_hparams,
 from raysys.sweeping.space import check_space, group_contents, read_space
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.metrics import read_metrics
-from raysys.training.on_ray import CPUS_PER_WORKER, NOT_LEARNT, run_settings, train_run
+from raysys.training.on_ray import CPUS_PER_WORKER, NOT_LEARNT, Surroundings, run_settings, train_run
 from raysys.training.validation import SCORE
 
 TRIAL_CPUS = 0.01
@@ -84,12 +83,13 @@ def sweep(cfg: SweepConfig) -> None:
     num_decoded: dict[str, int] = {}
     try:
         if plan.num_to_come:
+            plan.judge()
             with ray_session(cfg.ray):
                 num_decoded = _run(cfg, base, sets, plan, output)
         else:
             print(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
     finally:
-        if list_names(output.path) == ["settings.json"]:  # a dry run, or a mistake: other words may come
+        if list_names(output.path) == ["settings.json"]:  # a mistake in the words: others may come
             output.forget()
     if cfg.dry_run:
         print("next:   the same words without dry_run=true")
@@ -136,72 +136,75 @@ def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool
     steps = sum(job.cfg.num_steps for job in coming) * plan.num_to_come // len(coming)
     samples = sum(job.cfg.num_steps * job.cfg.global_batch for job in coming) * plan.num_to_come // len(coming)
     ended = plan.num_trials - plan.num_to_come
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    there = f"{num_gpus} GPUs, of which {concurrent * cfg.worker_range[1]} train" if cfg.use_gpu else f"{num_cpus()} CPUs"
     print(
         f"sweep: {plan.num_to_come} trials"
         + (f" ({ended} of {plan.num_trials} have ended already)" if ended else "")
-        + f", {concurrent} at a time on {num_cpus()} CPUs: {steps:,} steps, {samples:,} samples"
+        + f", {concurrent} at a time on {there}: {steps:,} steps, {samples:,} samples"
         + (", less where asha ends trials early" if cfg.asha.grace_steps else ""),
         flush=True,
     )
     before = [r["seconds"] for r in plan.results.values() if r["status"] == "finished"]
-    if before:
-        of_trial, source = statistics.fmean(before), f"{len(before)} trials that have ended"
+    if before:  # one that was killed and taken up again counts its last part only
+        of_trial, source = max(before), f"the longest of {len(before)} trials that have ended"
     elif cfg.measure_steps:
-        rehearsal = _rehearse(cfg, plan, output, pool, concurrent)
-        if rehearsal is None:
+        jobs = [job for job in coming if job.evidence not in plan.refused][:concurrent]
+        if not jobs:
             return
-        around_s, step_s, first_s, question_s = rehearsal
-        of_trial = around_s + step_s * steps / plan.num_to_come + question_s
+        around_s, step_s, first_s, question_s = _rehearse(cfg, jobs, output, pool)
+        steps_of_trial = steps / plan.num_to_come
+        questions = 1 + (int(steps_of_trial - 1) // cfg.train.validate_every if cfg.train.validate_every else 0)
+        of_trial = around_s + step_s * steps_of_trial + question_s * questions
         source = (
-            f"{cfg.measure_steps} steps of {concurrent} trials: {step_s:.3g} s a step, {around_s:.0f} s around a training, "
+            f"{cfg.measure_steps} steps of {len(jobs)} trials: {step_s:.3g} s a step, {around_s:.0f} s around a training, "
             f"{question_s:.1f} s an evaluation; sets decoded in {first_s:.0f} s"
         )
     else:
         return
     total_s = of_trial * math.ceil(plan.num_to_come / concurrent)
-    gpus = plan.num_to_come * of_trial / 3600 * cfg.num_workers if cfg.use_gpu and isinstance(cfg.num_workers, int) else 0
-    print(f"sweep: about {duration(total_s)}" + (f", {gpus:.1f} GPU hours" if gpus else "") + f" (by {source})", flush=True)
+    paid = f", {total_s / 3600 * num_gpus:,.1f} hours of all GPUs" if cfg.use_gpu else ""
+    print(f"sweep: about {duration(total_s)}{paid} (by {source})", flush=True)
 
 
-def _rehearse(
-    cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, concurrent: int
-) -> tuple[float, float, float, float] | None:
+def _rehearse(cfg: SweepConfig, coming: list[Job], output: Output, pool: EvaluatorPool) -> tuple[float, float, float, float]:
     """The next trials, for some steps, at once, by the code that will run them.
 
     :returns: seconds of a trial around its steps, of a step, of the first evaluation (sets are decoded), of each further one.
+    :raises WorkFailed: where all of them break: what costs minutes here would cost all trials.
     """
     folder = output.join("_rehearsal")
     remove_folder(folder)
     jobs = []
-    for job in plan.coming()[:concurrent]:
+    for job in coming:
         steps = min(cfg.measure_steps, job.cfg.num_steps)
         loop = replace(
             job.cfg.train, steps=steps, samples_seen=None, log_every=max(1, steps // 4), validate_every=None, keep_best=False
         )
-        jobs.append(Job(job.name, replace(job.cfg, output=join(folder, job.name), train=loop, evaluators=[])))
-    results: list[dict[str, Any]] = []
+        jobs.append(Job(job.name, replace(job.cfg, output=join(folder, job.name), train=loop, evaluators=[]), job.evidence))
+    results: dict[str, dict[str, Any]] = {}
     left = iter(jobs)
     _tune(
         lambda: next(left, None),
-        lambda name, result: results.append(result),
+        results.__setitem__,
         pool=None,
         concurrent=len(jobs),
         place=join(folder, "_ray"),
         objective=cfg.objective,
         scheduler=None,
     )
-    good = [result for result in results if result["status"] == "finished"]
+    good = [(job, results[job.name]) for job in jobs if results[job.name]["status"] == "finished"]
     if not good:
-        print(f"sweep: the rehearsal ended with: {results[0]['reason']}", flush=True)
         remove_folder(folder)
-        return None
-    step_s = statistics.fmean(jobs[0].cfg.global_batch / result["samples_per_s"] for result in good)
-    around_s = statistics.fmean(result["seconds"] - step_s * result["steps"] for result in good)
+        raise WorkFailed(
+            f"the rehearsal of {jobs[0].name} ended with: {results[jobs[0].name]['reason']}; no trial was begun (measure_steps=0 begins without one)"
+        )
+    step_s = statistics.fmean(job.cfg.global_batch / result["samples_per_s"] for job, result in good)
+    around_s = statistics.fmean(result["seconds"] - step_s * result["steps"] for _, result in good)
     answers_s = []
-    run = next(job.cfg.output for job in jobs if exists(join(job.cfg.output, "open_clip")))
     for _ in range(2):
         began = time.monotonic()
-        ray.get([asked.result for asked in pool.ask(Spec(run, None))])
+        ray.get([asked.result for asked in pool.ask(Spec(good[0][0].cfg.output, None))])
         answers_s.append(time.monotonic() - began)
     remove_folder(folder)
     return around_s, step_s, answers_s[0], answers_s[1]
@@ -218,11 +221,15 @@ def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPoo
         job = plan.next()
         if job is not None:
             remove_file(plan.result_file(job.name))  # of a crash
+            with contextlib.suppress(UserError):  # its trial will say the same
+                plan.judge_for(job)  # of tpe; all others are judged
         return job
 
     def end(name: str, result: dict[str, Any]) -> None:
         lock.check()  # a zombie's trials fail because another call has taken them over: that is no result
         write_json(plan.result_file(name), result)
+        if result["status"] in ("finished", "stopped"):
+            remove_folder(output.join("trials", name, "checkpoints"))  # nobody goes on from them; the model is in open_clip
         plan.ended(name, result)
         progress.advance(note=f"{name} {result['status']}")
 
@@ -339,7 +346,9 @@ def _train(job: Job, pool: EvaluatorPool | None, concurrent: int, objective: str
 
     began = time.monotonic()
     try:
-        run = train_run(job.cfg, concurrent_runs=concurrent, pool=pool, heard=heard)
+        run = train_run(job.cfg, Surroundings(concurrent, pool, job.evidence, heard))
+    except NoRoom:  # a node is gone: not the point's fault
+        raise
     except (UserError, WorkFailed) as error:  # too little is kept at this point, or it diverged
         if isinstance(error.__cause__, LostLock):
             raise
@@ -397,6 +406,8 @@ def _write_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> N
         write_bytes(output.join("best.yaml"), yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
     print("\n".join(table(rows, points, plan.keys, plan.objectives, best.number if best else None)))
     print(f"result: {mask(output.path)}")
+    if best is not None:
+        print(f"best:   point {best.number}, its models: {', '.join(mask(output.join('trials', name)) for name in best.trials)}")
     of_status = {
         status: [row for row in rows if row["status"] == status] for status in ("finished", "failed", "stopped", "crashed")
     }
@@ -415,4 +426,8 @@ def _write_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> N
     output.finish(
         counts, best=best.number, keys=plan.keys, objectives=plan.objectives, decoded=num_decoded, ocr_engines_opened=ocr_engines
     )
-    print(f"next:   raysys train config={mask(output.path)}/best.yaml output=RUN   or   raysys report {mask(output.path)}")
+    budget = "train.steps" if "steps" in words["train"] and words["train"]["steps"] else "train.samples_seen"
+    print(
+        f"next:   raysys report {mask(output.path)}   or, longer or on more data: "
+        f"raysys train config={mask(output.path)}/best.yaml {budget}=N output=RUN"
+    )

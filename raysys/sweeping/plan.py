@@ -6,21 +6,27 @@ rows. No Ray; running them is left to :mod:`raysys.sweeping.on_ray`.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import statistics
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raysys.config import SweepConfig, TrainConfig
+from raysys.corpus.index import SampleIndex
 from raysys.corpus.shards import absolute_corpus
 from raysys.evaluation.metrics import PRIMARY
 from raysys.models import portable
-from raysys.storage import Output, UserError, absolute, exists, join, list_names, read_json, write_json
+from raysys.storage import Output, UserError, absolute, exists, fingerprint, join, list_names, read_json, write_json
 from raysys.sweeping.results import PointResult, Row, points_of, row_of
 from raysys.sweeping.search import Tpe, trials_of
 from raysys.sweeping.space import Point, Space, Trial, at_trial, draw, grid
 from raysys.training.model import check_training_model
+from raysys.training.samples import choose_samples, order_of
 
+EVIDENCE = ("corpus", "annotations", "selection", "policy")
+"""Words that say which samples are kept."""
 CRASHED = {"status": "crashed"}
 
 
@@ -31,6 +37,8 @@ class Job:
     name: str
     cfg: TrainConfig
     """Its words, its output among them; paths in it hold in any process."""
+    evidence: str
+    """Folder of the selection (or the index) that it shares with other trials."""
 
 
 def _anywhere(cfg: TrainConfig) -> TrainConfig:
@@ -59,6 +67,9 @@ class Plan:
         self._queue: deque[Trial] = deque()
         """Trials that have not begun in this call."""
         self._configs: dict[int, TrainConfig] = {}
+        self._judged: dict[str, SampleIndex] = {}
+        self.refused: set[str] = set()
+        """Evidence (``Job.evidence``) that cannot be trained on."""
         self._tpe: Tpe | None = None
         self._num_points = cfg.num_samples or 0
         if cfg.search == "grid":
@@ -133,14 +144,47 @@ class Plan:
         return self._configs[point.number]
 
     def job(self, trial: Trial) -> Job:
-        return Job(trial.name, replace(self.config(trial.point), seed=trial.seed, output=self._output.join("trials", trial.name)))
+        return self._job(trial.name, replace(self.config(trial.point), seed=trial.seed))
+
+    def _job(self, name: str, cfg: TrainConfig) -> Job:
+        judged = fingerprint([asdict(cfg.corpus), cfg.annotations, cfg.selection, asdict(cfg.policy)])
+        return Job(name, replace(cfg, output=self._output.join("trials", name)), self._output.join("evidence", judged))
+
+    def judge(self) -> None:
+        """Make the selections (or indexes) of the trials to come, each once for all that rest on it, and say what they keep.
+
+        Before any GPU is asked for: a policy that keeps too little is told here, and its trials fail at once.
+        """
+        by_place: dict[str, list[Trial]] = {}
+        for trial in self._queue:
+            by_place.setdefault(self.job(trial).evidence, []).append(trial)
+        for trials in by_place.values():
+            said = [{key: t.point.values[key] for key in self.keys if key.split(".")[0] in EVIDENCE} for t in trials]
+            what = ", ".join(f"{key}={value}" for key, value in said[0].items()) or "all points"
+            job = self.job(trials[0])
+            try:
+                index = self.judge_for(job)
+                order_of(job.cfg, index)
+            except UserError as error:
+                print(f"sweep: {what}: {error}")
+                self.refused.add(job.evidence)
+                continue
+            passes = job.cfg.num_steps * job.cfg.global_batch / len(index)
+            share = f"{len(index):,} of {index.num_samples_before:,} samples ({len(index) / index.num_samples_before:.1%})"
+            print(f"sweep: {what}: keeps {share}, seen {passes:.1f} times", flush=True)
+
+    def judge_for(self, job: Job) -> SampleIndex:
+        """The selection (or index) of a job, which is made where it is not there. :raises UserError: where that cannot be."""
+        if job.evidence not in self._judged:
+            with contextlib.redirect_stdout(io.StringIO()):  # filter's own lines
+                self._judged[job.evidence] = choose_samples(job.cfg, job.evidence)
+        return self._judged[job.evidence]
 
     def coming(self) -> list[Job]:
         """The next trials, which stay to come; where tpe has still to propose the first, one like it."""
         like_it = Trial(draw(self._space, self._cfg.seed, 0), self._cfg.seed)
         if not self._queue:
-            cfg = _anywhere(at_trial(self._base, like_it, self._output.join("trials", like_it.name)))
-            return [Job(like_it.name, cfg)]
+            return [self._job(like_it.name, _anywhere(at_trial(self._base, like_it, "")))]
         return [self.job(trial) for trial in self._queue]
 
     def next(self) -> Job | None:

@@ -307,10 +307,26 @@ def table(rows: list[Row], points: list[PointResult], keys: list[str], objective
         "numbers are means over a point's finished seeds, [ ] their 95 % interval (Student's t); one seed alone has none",
         "a point of which not every seed finished stands last, and is neither on the front nor best" if others else "",
         "a stopped trial is in no mean: its numbers are of fewer steps" if any(row["status"] == "stopped" for row in rows) else "",
+        *_same_trainings(rows, points, objectives),
         "* is the Pareto front of the means: no other complete point is as good in every objective and better in one; "
         + ("no point is complete, so none is best" if best is None else f"best by score: point {best}"),
     ]
     return [line.rstrip() for line in lines] + [line for line in legend if line]
+
+
+def _same_trainings(rows: list[Row], points: list[PointResult], objectives: list[str]) -> list[str]:
+    """A line for points that cannot be told apart: they look like a finding and are a waste."""
+    numbers: dict[tuple[float, ...], list[int]] = {}
+    for point in points:
+        if point.complete:
+            own = tuple(row[name] for row in rows if row["point"] == point.number for name in objectives)
+            numbers.setdefault(own, []).append(point.number)
+    return [
+        f"points {', '.join(map(str, same))} have the same numbers in every seed and objective: probably the same training "
+        "(two values of augment.factor differ only after as many passes as the smaller one has views)"
+        for same in numbers.values()
+        if len(same) > 1
+    ]
 
 
 def _column(head: str, cells: list[str], *, right: bool = False) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -56,18 +56,28 @@ Heard = Callable[[int, dict[str, float]], None]
 """Takes a validation: the step, and its line of metrics.jsonl."""
 
 
-def train_run(
-    cfg: TrainConfig, *, concurrent_runs: int = 1, pool: EvaluatorPool | None = None, heard: Heard | None = None
-) -> Output:
-    """Train a run to its end, or take it up where it was left; sweep and demo call this too.
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run has in common with others, and who listens to it; by itself nothing and nobody."""
 
-    :param concurrent_runs: runs that share the machine (their workers share its cores).
-    :param pool: who validates; None: evaluators of the run's own.
-    :param heard: is told every validation once, those of earlier calls too, by a thread of its own.
+    concurrent_runs: int = 1
+    """Runs that share the machine (their workers share its cores)."""
+    pool: EvaluatorPool | None = None
+    """Who validates; None: evaluators of the run's own."""
+    evidence: str | None = None
+    """Folder of the selection (or the index), which is made if it is not there; None: the run's own."""
+    heard: Heard | None = None
+    """Is told every validation once, those of earlier calls too, by a thread of its own."""
+
+
+def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
+    """Train a run to its end, or take it up where it was left; the trials of a sweep are this too.
+
     :raises UserError: where words, corpus and cluster do not fit each other.
     """
+    around = around or Surroundings()
     check_training_model(cfg)
-    sets = evaluator_sets(cfg)[0] if pool is None else {}
+    sets = evaluator_sets(cfg)[0] if around.pool is None else {}
     run = open_output(cfg.output, "train", run_settings(cfg), not_in_fingerprint=NOT_LEARNT)
     if run.finished:
         print(f"train: nothing is left to do, all {cfg.num_steps} steps are done")
@@ -75,7 +85,7 @@ def train_run(
     there = checkpoint.steps_there(run.path)
     lock = RunLock.take(run.path)
     try:
-        index = _train_to_the_end(cfg, sets, run, lock, there, concurrent_runs, pool, heard)
+        index = _train_to_the_end(cfg, sets, run, lock, there, around)
         lock.check()
     except LostLock as error:
         raise UserError(str(error)) from error
@@ -104,16 +114,9 @@ def train_run(
 
 
 def _train_to_the_end(
-    cfg: TrainConfig,
-    sets: dict[str, SetConfig],
-    run: Output,
-    lock: RunLock,
-    there: list[int],
-    concurrent_runs: int,
-    pool: EvaluatorPool | None,
-    heard: Heard | None,
+    cfg: TrainConfig, sets: dict[str, SetConfig], run: Output, lock: RunLock, there: list[int], around: Surroundings
 ) -> SampleIndex:
-    index = choose_samples(cfg, run.path)
+    index = choose_samples(cfg, around.evidence or run.path)
     order = order_of(cfg, index)
     if there:
         print(f"train: goes on after step {there[-1]} of {cfg.num_steps}")
@@ -122,8 +125,7 @@ def _train_to_the_end(
         shares = zip(order.shares, weighted_sources(cfg.corpus), strict=True)
         print(f"train: of every batch {', '.join(f'{number} {name}' for number, name in shares)}", flush=True)
     with ray_session(cfg.ray):
-        already = there[-1] if there else 0
-        _fit(cfg, sets, run, index, lock, already=already, concurrent_runs=concurrent_runs, pool=pool, heard=heard)
+        _fit(cfg, sets, run, index, lock, around, already=there[-1] if there else 0)
     return index
 
 
@@ -151,25 +153,23 @@ def _fit(
     run: Output,
     index: SampleIndex,
     lock: RunLock,
+    around: Surroundings,
     *,
     already: int,
-    concurrent_runs: int,
-    pool: EvaluatorPool | None,
-    heard: Heard | None,
 ) -> None:
     gpus = 1 if cfg.use_gpu else 0
     fewest, most = cfg.worker_range
     beside, evaluators = (" and an evaluator beside them", num_actors_beside(cfg.service)) if sets else ("", 0)
     cpus = fewest * CPUS_PER_WORKER + evaluators * cpus_beside(cfg.service)
     require(f"train with {fewest} workers{beside}", cpus=cpus, gpus=fewest * gpus + evaluators * cfg.service.num_gpus_per_actor)
-    threads = max(1, num_cpus() // (most * concurrent_runs))
+    threads = max(1, num_cpus() // (most * around.concurrent_runs))
     # On the driver's node: it holds what the run cannot do without, and any other node may die.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     news = _News.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     model, pretrained = portable(cfg.model, cfg.pretrained)  # workers run in a folder of Ray's
     of_workers = replace(cfg, model=model, pretrained=pretrained)
     own_pool = pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service)))) if sets else None
-    asked = pool or own_pool
+    asked = around.pool or own_pool
     validator = _ServiceValidator(asked) if asked else None
     trainer = TorchTrainer(
         _worker,
@@ -192,7 +192,7 @@ def _fit(
             name="ray", storage_path=run.join("_ray"), failure_config=FailureConfig(max_failures=cfg.train.max_failures)
         ),
     )
-    with _progress(run, cfg.num_steps, news, already=already, heard=heard):
+    with _progress(run, cfg.num_steps, news, already=already, heard=around.heard):
         trainer.fit()
     error = ray.get(news.error.remote())
     ray.kill(news)

@@ -50,21 +50,21 @@ def check_evidence(cfg: TrainConfig) -> dict[str, Any]:
     return evidence | {"annotations": annotations.fingerprint, "annotations_sha256": annotations_sha256(annotations)}
 
 
-def choose_samples(cfg: TrainConfig, run: str) -> SampleIndex:
+def choose_samples(cfg: TrainConfig, place: str) -> SampleIndex:
     """The samples to train on.
 
-    :param run: folder that takes the selection or the index.
+    :param place: folder that takes the selection or the index, a run's or one that runs with the same evidence and policy share.
     :raises UserError: where the evidence does not fit the corpus, or leaves less than a batch.
     """
     corpus = _readable(open_corpus(cfg.corpus))
     if cfg.selection is None and cfg.annotations is None:
-        folder = join(run, "index")
+        folder = join(place, "index")
         if not exists(join(folder, SHARDS_FILE)):
             _scan(corpus, folder)
         rows_folder, keep_folder = join(folder, "shards"), None
         counts = read_json(join(folder, "counts.json"))
     else:
-        folder = cfg.selection or make_selection(open_annotations(str(cfg.annotations)), cfg.policy, join(run, "selection")).path
+        folder = cfg.selection or make_selection(open_annotations(str(cfg.annotations)), cfg.policy, join(place, "selection")).path
         selection = open_selection(folder)
         rows_folder, keep_folder = join(selection.annotations.path, "shards"), join(selection.path, "selection")
         counts = read_json(join(selection.path, "manifest.json"))["counts"]

@@ -37,7 +37,11 @@ def test_sweep_finds_a_point_that_train_accepts_and_a_failed_one_is_a_row(
     sweep = words(tmp_path, small_corpus, tiny_model, "policy: [paper, none]\n")
     status, printed, err = run_cli(*sweep, "dry_run=true", "measure_steps=0")
     assert status == 0, err
-    assert "2 trials, 2 at a time on 2 CPUs: 6 steps, 156 samples" in printed and not (tmp_path / "W").exists()
+    assert "2 trials, 2 at a time on 2 CPUs: 6 steps, 156 samples" in printed
+    assert "policy=paper: 24 of 30 samples are kept: global_batch=26 takes 26 samples of 24" in printed
+    assert "policy=none: keeps 28 of 30 samples (93.3%), seen 2.8 times" in printed
+    assert sorted(p.name for p in (tmp_path / "W").iterdir()) == ["evidence", "settings.json"]
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "W" / "evidence").rglob("*.parquet")}
 
     status, printed, err = run_cli(*sweep, "measure_steps=0")
     assert status == 0, err
@@ -48,6 +52,7 @@ def test_sweep_finds_a_point_that_train_accepts_and_a_failed_one_is_a_row(
     ]
     assert "24 of 30 samples are kept: global_batch=26 takes 26 samples of 24" in table[0]["reason"]
     assert [point["point"] for point in read_json(str(tmp_path / "W" / "front.json"))] == [1]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "W" / "evidence").rglob("*.parquet")} == made and len(made) == 4
     manifest = read_json(str(tmp_path / "W" / "manifest.json"))
     assert manifest["decoded"] == {"retrieval": 6} and manifest["ocr_engines_opened"] == 0 and manifest["best"] == 1
     assert manifest["counts"] == {"points": 2, "trials": 2, "finished": 1, "failed": 1, "stopped": 0}
@@ -56,7 +61,7 @@ def test_sweep_finds_a_point_that_train_accepts_and_a_failed_one_is_a_row(
     ended = {p: p.stat().st_mtime_ns for p in (tmp_path / "W" / "trials").glob("*/result.json")}
     status, printed, err = run_cli(*sweep, "seeds=2", "measure_steps=2")
     assert status == 0, err
-    assert "2 trials (2 of 4 have ended already)" in printed and "by 1 trials that have ended" in printed
+    assert "2 trials (2 of 4 have ended already)" in printed and "by the longest of 1 trials that have ended" in printed
     assert {p: p.stat().st_mtime_ns for p in ended} == ended
     table = pq.read_table(tmp_path / "W" / "results.parquet").to_pylist()
     assert [(r["policy"], r["seed"], r["status"]) for r in table] == [
@@ -88,11 +93,11 @@ def test_more_trials_at_a_time_than_there_is_room_for_are_refused_with_both_numb
 
 
 def test_a_trial_that_raises_is_a_crash_with_its_reason_and_the_others_go_on(ray_cluster: None, tmp_path: Path) -> None:
-    jobs = iter([Job("first", None), Job("second", None), Job("third", None)])  # type: ignore[arg-type]
+    jobs = iter([Job("first", None, ""), Job("second", None, ""), Job("third", None, "")])  # type: ignore[arg-type]
     results: dict[str, Any] = {}
     _tune(
         lambda: next(jobs, None), results.__setitem__, pool=None, concurrent=2, place=str(tmp_path / "_ray"), objective="mean", scheduler=None
     )  # fmt: skip
     assert set(results) == {"first", "second", "third"}
     for result in results.values():
-        assert result == {"status": "crashed", "reason": "AttributeError: 'NoneType' object has no attribute 'model'"}
+        assert result == {"status": "crashed", "reason": "AttributeError: 'NoneType' object has no attribute 'corpus'"}
