@@ -13,7 +13,6 @@ from contextlib import contextmanager
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table of its own, whatever the verbosity
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # what trials measure stands in their own logs
-os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial's last report is its result, not a metric of asha's
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a sweep as it ends every verb
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
 
@@ -63,13 +62,9 @@ def num_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
-class NoRoom(UserError):
-    """The cluster has no room for what was asked, at the moment or for ever."""
-
-
 def require(what: str, *, cpus: float = 0, gpus: float = 0) -> None:
-    """Refuse what can never run: Ray would wait in silence. :raises NoRoom: with both numbers."""
+    """Refuse what can never run: Ray would wait in silence. :raises UserError: with both numbers."""
     there = ray.cluster_resources()
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > there.get(kind, 0):
-            raise NoRoom(f"{what} needs {needed:g} {kind}s, the cluster has {there.get(kind, 0):g}; ask for less or add nodes")
+            raise UserError(f"{what} needs {needed:g} {kind}s, the cluster has {there.get(kind, 0):g}; ask for less or add nodes")

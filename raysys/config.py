@@ -738,6 +738,7 @@ def check_sweep(cfg: SweepConfig) -> None:
         _require(cfg.num_samples is not None, f"search={cfg.search} needs num_samples=N, the number of points")
         _positive("num_samples", cfg.num_samples or 0)
     _positive("seeds", cfg.seeds)
+    _require(cfg.measure_steps != 1, "measure_steps=1 measures nothing (the first step is slower); 0 leaves the rehearsal out")
     for key in ("max_concurrent", "measure_steps"):
         _require(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
     _one_of("objective", cfg.objective, ("mean", *(["front"] if cfg.search == "tpe" else []), *cfg.evaluators))
@@ -753,6 +754,7 @@ def check_sweep(cfg: SweepConfig) -> None:
             cfg.seeds == 1,
             f"asha with seeds={cfg.seeds}: one seed that is stopped takes its point out of the comparison; find points with seeds=1, then repeat the good ones",
         )
+        _require(grace < cfg.num_steps, f"asha.grace_steps={grace} must be less than the {cfg.num_steps} steps of a trial")
         _require(cfg.objective != "front", "objective=front: asha goes by one number; choose mean or an evaluator")
     _require(cfg.asha.reduction_factor > 1, f"asha.reduction_factor={cfg.asha.reduction_factor} must be greater than 1")
 

@@ -10,7 +10,7 @@ from conftest import noise_jpeg, sample, write_tar
 
 from raysys.cli import compose_config
 from raysys.config import SweepConfig, TrainConfig
-from raysys.storage import Output, UserError, write_json
+from raysys.storage import Output, UserError
 from raysys.sweeping.plan import Plan
 from raysys.sweeping.space import read_space
 from raysys.training.samples import weighted_sources
@@ -50,8 +50,7 @@ def finished(score: float) -> dict[str, Any]:
 
 
 def end(made: Plan, name: str, result: dict[str, Any]) -> None:
-    write_json(made.result_file(name), result)
-    made.ended(name, result)
+    made.end(name, result)
 
 
 def rest(made: Plan) -> list[str]:
@@ -133,6 +132,31 @@ def test_tpe_learns_of_a_point_when_its_last_seed_has_ended(
     end(made, names[4], finished(0.5))
     end(made, names[5], finished(float("nan")))
     assert told == [(0, (pytest.approx(0.6),), None), (1, (0.5,), 4), (2, None, None)]
+
+
+def test_a_point_file_that_was_being_written_when_the_call_was_killed_is_not_taken_for_a_point(
+    tmp_path: Path, corpus: Path, tiny_model: str
+) -> None:
+    made = plan(tmp_path, corpus, tiny_model, RANGE, *TPE)
+    first = made.next()
+    (tmp_path / "W" / "points" / ".tmp-1234").write_text('{"optim.l')
+    again = plan(tmp_path, corpus, tiny_model, RANGE, *TPE).next()
+    assert first is not None and again is not None and again.name == first.name
+
+
+def test_values_that_cannot_be_together_are_a_failed_point_and_the_search_goes_on(
+    tmp_path: Path, corpus: Path, tiny_model: str
+) -> None:
+    space = "towers.lock_image: [true, false]\ntowers.lock_image_unlocked_groups: [0, 1]\n"
+    made = plan(tmp_path, corpus, tiny_model, space, "search=tpe", "num_samples=4", "towers.lock_image=true")
+    assert len(rest(made)) == 3
+    failed = [row for row in made.rows() if row["status"] == "failed"]
+    assert len(failed) == 1 and "towers.lock_image_unlocked_groups=1 needs towers.lock_image=true" in failed[0]["reason"]
+
+
+def test_random_search_draws_no_point_twice(tmp_path: Path, corpus: Path, tiny_model: str) -> None:
+    made = plan(tmp_path, corpus, tiny_model, "optim.lr: [0.1, 0.2, 0.3]\n", "search=random", "num_samples=9")
+    assert sorted(name[3:] for name in rest(made)) == ["_lr=0.1_seed=5", "_lr=0.2_seed=5", "_lr=0.3_seed=5"]
 
 
 def test_tpe_ends_where_a_small_space_has_no_other_point(tmp_path: Path, corpus: Path, tiny_model: str) -> None:

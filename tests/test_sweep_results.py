@@ -387,7 +387,7 @@ def test_points_with_the_same_numbers_in_every_seed_are_told_as_one_training() -
         for seed, own in enumerate(seeds)
     ]
     lines = table(rows, points_of(rows, ["augment.factor"], OBJECTIVES), ["augment.factor"], OBJECTIVES, 2)
-    assert [line for line in lines if "same training" in line][0].startswith("points 0, 1 have the same numbers")
+    assert next(line for line in lines if "same training" in line).startswith("points 0, 1 have the same numbers")
     rows[2] = row(1, 0, {"augment.factor": 1}, result(0.5001, 0.25))
     lines = table(rows, points_of(rows, ["augment.factor"], OBJECTIVES), ["augment.factor"], OBJECTIVES, 2)
     assert not [line for line in lines if "same training" in line]

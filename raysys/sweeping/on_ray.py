@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +26,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysys.cluster import NoRoom, num_cpus, ray_session, require
-from raysys.config import SweepConfig, TrainConfig
+from raysys.cluster import num_cpus, ray_session, require
+from raysys.config import AshaConfig, SweepConfig, TrainConfig
 from raysys.corpus.shards import open_corpus
 from raysys.evaluation.evaluator import SetConfig
 from raysys.evaluation.metrics import PRIMARY
@@ -36,22 +37,23 @@ from raysys.storage import (
     Output,
     UserError,
     WorkFailed,
+    exists,
     join,
-    list_names,
     mask,
     open_output,
     read_json,
     remove_file,
     remove_folder,
     write_bytes,
-    write_json,
 )
 from raysys.sweeping.plan import Job, Plan
 from raysys.sweeping.results import best_point, points_of, table, write_hparams, write_tables
 from raysys.sweeping.space import check_space, group_contents, read_space
 from raysys.training.lock import LostLock, RunLock
+from raysys.training.loop import Diverged
 from raysys.training.metrics import read_metrics
-from raysys.training.on_ray import CPUS_PER_WORKER, NOT_LEARNT, Surroundings, run_settings, train_run
+from raysys.training.on_ray import CPUS_PER_WORKER, NOT_LEARNT, StoppedEarly, Surroundings, run_settings, train_run
+from raysys.training.samples import choose_samples, order_of
 from raysys.training.validation import SCORE
 
 TRIAL_CPUS = 0.01
@@ -83,31 +85,35 @@ def sweep(cfg: SweepConfig) -> None:
     num_decoded: dict[str, int] = {}
     try:
         if plan.num_to_come:
-            plan.judge()
             with ray_session(cfg.ray):
                 num_decoded = _run(cfg, base, sets, plan, output)
         else:
             print(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
     finally:
-        if list_names(output.path) == ["settings.json"]:  # a mistake in the words: others may come
+        if not any(exists(output.join(folder)) for folder in ("trials", "lock")):  # a dry run, a mistake: other words may come
             output.forget()
     if cfg.dry_run:
         print("next:   the same words without dry_run=true")
     else:
-        _write_results(plan, output, num_decoded)
+        _tell_results(plan, output, num_decoded)
 
 
 def _run(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], plan: Plan, output: Output) -> dict[str, int]:
     """:returns: set -> pictures that were decoded; those that lay decoded on disk don't count."""
     concurrent = _concurrent(cfg, base, plan.num_to_come)
+    plan.judge()
+    lock = None if cfg.dry_run else RunLock.take(output.path)
     pool = pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service))))
     _tell_cost(cfg, plan, output, pool, concurrent)
-    if not cfg.dry_run:
-        remove_file(output.join("manifest.json"))  # of fewer samples or seeds
-        _run_trials(cfg, plan, output, pool, concurrent)
+    before: dict[str, int] = {}
+    if lock is not None:
+        if output.finished:  # with fewer samples or seeds
+            before = read_json(output.join("manifest.json"))["decoded"]
+            remove_file(output.join("manifest.json"))
+        _run_trials(cfg, plan, output, pool, lock, concurrent)
     num_decoded = pool.num_decoded()
     pool.close()
-    return num_decoded
+    return {name: number + before.get(name, 0) for name, number in num_decoded.items()}
 
 
 # ---- what it will cost ------------------------------------------------------------------------------------------------
@@ -145,16 +151,18 @@ def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool
         + (", less where asha ends trials early" if cfg.asha.grace_steps else ""),
         flush=True,
     )
-    before = [r["seconds"] for r in plan.results.values() if r["status"] == "finished"]
-    if before:  # one that was killed and taken up again counts its last part only
-        of_trial, source = max(before), f"the longest of {len(before)} trials that have ended"
+    questions_s = 0.0
+    before = [r["seconds"] for r in plan.results.values() if r["status"] == "finished" and r["seconds"] is not None]
+    if before:
+        of_trial, source = statistics.fmean(before), f"{len(before)} trials that have ended"
     elif cfg.measure_steps:
-        jobs = [job for job in coming if job.evidence not in plan.refused][:concurrent]
+        jobs = [job for job in coming if job.evidence not in plan.refused and job.cfg.num_steps > 1][:concurrent]
         if not jobs:
             return
         around_s, step_s, first_s, question_s = _rehearse(cfg, jobs, output, pool)
         steps_of_trial = steps / plan.num_to_come
         questions = 1 + (int(steps_of_trial - 1) // cfg.train.validate_every if cfg.train.validate_every else 0)
+        questions_s = plan.num_to_come * questions * question_s  # one pool answers all
         of_trial = around_s + step_s * steps_of_trial + question_s * questions
         source = (
             f"{cfg.measure_steps} steps of {len(jobs)} trials: {step_s:.3g} s a step, {around_s:.0f} s around a training, "
@@ -162,7 +170,7 @@ def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool
         )
     else:
         return
-    total_s = of_trial * math.ceil(plan.num_to_come / concurrent)
+    total_s = max(of_trial * math.ceil(plan.num_to_come / concurrent), questions_s)
     paid = f", {total_s / 3600 * num_gpus:,.1f} hours of all GPUs" if cfg.use_gpu else ""
     print(f"sweep: about {duration(total_s)}{paid} (by {source})", flush=True)
 
@@ -191,7 +199,7 @@ def _rehearse(cfg: SweepConfig, coming: list[Job], output: Output, pool: Evaluat
         concurrent=len(jobs),
         place=join(folder, "_ray"),
         objective=cfg.objective,
-        scheduler=None,
+        asha=None,
     )
     good = [(job, results[job.name]) for job in jobs if results[job.name]["status"] == "finished"]
     if not good:
@@ -213,8 +221,7 @@ def _rehearse(cfg: SweepConfig, coming: list[Job], output: Output, pool: Evaluat
 # ---- trials on Tune ---------------------------------------------------------------------------------------------------
 
 
-def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, concurrent: int) -> None:
-    lock = RunLock.take(output.path)
+def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, lock: RunLock, concurrent: int) -> None:
     progress = Progress("sweep", plan.num_trials, "trials", already=plan.num_trials - plan.num_to_come)
 
     def begin() -> Job | None:
@@ -227,17 +234,19 @@ def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPoo
 
     def end(name: str, result: dict[str, Any]) -> None:
         lock.check()  # a zombie's trials fail because another call has taken them over: that is no result
-        write_json(plan.result_file(name), result)
+        plan.end(name, result)
         if result["status"] in ("finished", "stopped"):
             remove_folder(output.join("trials", name, "checkpoints"))  # nobody goes on from them; the model is in open_clip
-        plan.ended(name, result)
         progress.advance(note=f"{name} {result['status']}")
 
+    asha = None
+    if cfg.asha.grace_steps is not None:
+        asha = _Asha.remote(cfg.asha, _histories(plan, output, cfg.objective))  # type: ignore[attr-defined]
     try:
-        place = output.join("_ray")
-        _tune(
-            begin, end, pool=pool, concurrent=concurrent, place=place, objective=cfg.objective, scheduler=_asha(cfg, plan, output)
-        )
+        _tune(begin, end, pool=pool, concurrent=concurrent, place=output.join("_ray"), objective=cfg.objective, asha=asha)
+        lock.check()
+    except LostLock as error:
+        raise UserError(str(error)) from error
     except tune.TuneError:  # what Tune makes of any error of its callbacks
         try:
             lock.check()
@@ -248,27 +257,43 @@ def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPoo
     remove_folder(output.join("lock"))
 
 
-def _asha(cfg: SweepConfig, plan: Plan, output: Output) -> ASHAScheduler | None:
-    """Early stopping, which knows of the trials that have ended."""
-    if cfg.asha.grace_steps is None:
-        return None
-    scheduler = ASHAScheduler(
-        time_attr="step",
-        metric="score",
-        mode="max",
-        max_t=plan.most_steps + 1,
-        grace_period=cfg.asha.grace_steps,
-        reduction_factor=cfg.asha.reduction_factor,
-    )
+@ray.remote(num_cpus=0)
+class _Asha:
+    """Ray Tune's successive halving, asked by the trials themselves: a trial that Tune stops would keep its workers' CPUs and GPUs."""
+
+    def __init__(self, cfg: AshaConfig, histories: dict[str, list[tuple[int, float]]]) -> None:
+        """:param histories: of trials that have ended, by name: steps and scores of their validations."""
+        self._scheduler = ASHAScheduler(
+            time_attr="step",
+            metric="score",
+            mode="max",
+            max_t=sys.maxsize,
+            grace_period=cfg.grace_steps or 1,
+            reduction_factor=cfg.reduction_factor,
+        )
+        self._trials: dict[str, Any] = {}
+        for name, scores in histories.items():
+            for step, score in scores:
+                self.goes_on(name, step, score)
+
+    def goes_on(self, name: str, step: int, score: float) -> bool:
+        controller: Any = None  # the scheduler does not look at it
+        if name not in self._trials:
+            self._trials[name] = SimpleNamespace(trial_id=name)
+            self._scheduler.on_trial_add(controller, self._trials[name])
+        decision = self._scheduler.on_trial_result(controller, self._trials[name], {"step": step, "score": score})
+        return decision != TrialScheduler.STOP
+
+
+def _histories(plan: Plan, output: Output, objective: str) -> dict[str, list[tuple[int, float]]]:
+    """What asha was told in earlier calls."""
+    found = {}
     for name, result in plan.results.items():
         if result["status"] in ("finished", "stopped"):
-            before: Any = SimpleNamespace(trial_id=name)
-            scheduler.on_trial_add(None, before)  # type: ignore[arg-type]  # it does not look at the controller
-            for line in read_metrics(output.join("trials", name)):
-                if SCORE in line:
-                    told = {"step": line["step"], "score": _score(cfg.objective, line)}
-                    scheduler.on_trial_result(None, before, told)  # type: ignore[arg-type]
-    return scheduler
+            lines = [line for line in read_metrics(output.join("trials", name)) if SCORE in line]
+            last = result["steps"] if result["status"] == "finished" else math.inf  # at the end of a trial it is not asked
+            found[name] = [(line["step"], _score(objective, line)) for line in lines if line["step"] < last]
+    return found
 
 
 def _score(objective: str, line: dict[str, float]) -> float:
@@ -284,11 +309,12 @@ def _tune(
     concurrent: int,
     place: str,
     objective: str,
-    scheduler: TrialScheduler | None,
+    asha: Any,
 ) -> None:
     """Run the trials that ``begin`` gives until it gives None; ``end`` takes the result of each as it comes.
 
     :param place: folder for Tune's own state; ours is in results.
+    :param asha: a handle of :class:`_Asha`; None: every trial runs to its end.
     """
 
     remove_folder(place)  # of a call that was killed
@@ -305,26 +331,31 @@ def _tune(
             pass
 
     class Results(tune.Callback):
+        broken: Exception | None = None
+
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            last = trial.last_result
-            early = {"status": "stopped", "reason": "among the worst at that step (asha)"}
-            end(trial.config["job"].name, last.get("result") or early | {"steps": last["step"], "metrics": last["metrics"]})
+            try:
+                end(trial.config["job"].name, trial.last_result["result"])
+            except Exception as error:  # ours, not the trial's, as Tune would have it
+                self.broken = error
+                raise
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            lines = [line for line in str(trial.get_error() or "its process died").splitlines() if line.strip()]
-            end(trial.config["job"].name, {"status": "crashed", "reason": lines[-1].strip()})
+            if self.broken is not None:
+                raise self.broken
+            text = Path(trial.error_file).read_text() if trial.error_file else "its process died"
+            end(trial.config["job"].name, {"status": "crashed", "reason": text.strip().splitlines()[-1].strip()})
 
     def trial(config: dict[str, Any]) -> None:
-        tune.report({"result": _train(config["job"], pool, concurrent, objective if scheduler else None)})
+        tune.report({"result": _train(config["job"], pool, concurrent, objective, asha)})
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
             search_alg=Jobs(),
-            scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=concurrent,
-            reuse_actors=scheduler is None,  # else the training of a trial that is stopped would go on in its actor
+            reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(name="tune", storage_path=place, verbose=0, callbacks=[Results()]),
@@ -334,41 +365,51 @@ def _tune(
     remove_folder(place)
 
 
-def _train(job: Job, pool: EvaluatorPool | None, concurrent: int, objective: str | None) -> dict[str, Any]:
-    """A trial, in its own process. :param objective: what Tune compares it by on its way; None: by nothing.
+def _train(job: Job, pool: EvaluatorPool | None, concurrent: int, objective: str, asha: Any) -> dict[str, Any]:
+    """A trial, in its own process. What is not the point's fault is raised, and makes a crash, which the same words try again.
 
     :returns: what stands in result.json; a point that cannot be trained is a result too.
     """
 
-    def heard(step: int, line: dict[str, float]) -> None:
-        if objective is not None and step < job.cfg.num_steps:  # at the end nothing is won by stopping it
-            tune.report({"step": step, "score": _score(objective, line), "metrics": _of_sets(line, "val/")})
+    def heard(step: int, line: dict[str, float]) -> bool:
+        at_its_end = step >= job.cfg.num_steps  # nothing is won by stopping it there
+        return asha is None or at_its_end or ray.get(asha.goes_on.remote(job.name, step, _score(objective, line)))
 
     began = time.monotonic()
+    is_new = not exists(join(job.cfg.output, "settings.json"))
+    opened = _ocr_engines_opened()
+    index = choose_samples(job.cfg, job.evidence)
+    kept = {"kept_share": len(index) / index.num_samples_before}
+    try:
+        order_of(job.cfg, index)
+    except UserError as error:  # too little is kept at this point
+        return {"status": "failed", "reason": str(error)} | kept
     try:
         run = train_run(job.cfg, Surroundings(concurrent, pool, job.evidence, heard))
-    except NoRoom:  # a node is gone: not the point's fault
-        raise
-    except (UserError, WorkFailed) as error:  # too little is kept at this point, or it diverged
-        if isinstance(error.__cause__, LostLock):
-            raise
-        return {"status": "failed", "reason": str(getattr(error, "cause", error))}
+    except StoppedEarly as stop:
+        step, line = stop.args
+        return {
+            "status": "stopped",
+            "reason": "among the worst at that step (asha)",
+            "steps": step,
+            "metrics": _of_sets(line, "val/"),
+        } | kept
+    except Diverged as error:
+        return {"status": "failed", "reason": str(error)} | kept
     manifest = read_json(run.join("manifest.json"))
     metrics = _of_sets(manifest.get("validation", {}), "")
     if pool is not None and not metrics:  # the evaluator failed beside the training, which goes on without; here it must not
         metrics = {
             answer.evaluator: answer.metrics for answer in ray.get([asked.result for asked in pool.ask(Spec(run.path, None))])
         }
-    counts = manifest["counts"]
-    return {
+    return kept | {
         "status": "finished",
         "reason": None,
-        "steps": counts["steps"],
-        "kept_share": counts["samples_kept"] / counts["samples"],
+        "steps": manifest["counts"]["steps"],
         "metrics": metrics,
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - began if is_new else None,
         "samples_per_s": manifest["samples_per_s"],
-        "ocr_engines": _ocr_engines_opened(),
+        "ocr_engines": _ocr_engines_opened() - opened,
     }
 
 
@@ -391,8 +432,8 @@ def _ocr_engines_opened() -> int:
 # ---- what came out ----------------------------------------------------------------------------------------------------
 
 
-def _write_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> None:
-    """The files and the table; the manifest only when no trial is left.
+def _tell_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> None:
+    """Write the files and print the table; the manifest only when no trial is left, and not twice.
 
     :raises UserError: where no trial ended well. :raises WorkFailed: where some crashed.
     """
@@ -404,6 +445,8 @@ def _write_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> N
     if best is not None:
         words = {k: v for k, v in asdict(plan.words_of(best)).items() if k not in ("output", "ray") and v is not None}
         write_bytes(output.join("best.yaml"), yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
+    else:
+        remove_file(output.join("best.yaml"))  # of fewer seeds
     print("\n".join(table(rows, points, plan.keys, plan.objectives, best.number if best else None)))
     print(f"result: {mask(output.path)}")
     if best is not None:
@@ -423,9 +466,15 @@ def _write_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> N
         status: len(those) for status, those in of_status.items() if status != "crashed"
     }
     ocr_engines = sum(result.get("ocr_engines", 0) for result in plan.results.values())
-    output.finish(
-        counts, best=best.number, keys=plan.keys, objectives=plan.objectives, decoded=num_decoded, ocr_engines_opened=ocr_engines
-    )
+    if not exists(output.join("manifest.json")):
+        output.finish(
+            counts,
+            best=best.number,
+            keys=plan.keys,
+            objectives=plan.objectives,
+            decoded=num_decoded,
+            ocr_engines_opened=ocr_engines,
+        )
     budget = "train.steps" if "steps" in words["train"] and words["train"]["steps"] else "train.samples_seen"
     print(
         f"next:   raysys report {mask(output.path)}   or, longer or on more data: "

@@ -20,10 +20,10 @@ from raysys.evaluation.metrics import PRIMARY
 from raysys.models import portable
 from raysys.storage import Output, UserError, absolute, exists, fingerprint, join, list_names, read_json, write_json
 from raysys.sweeping.results import PointResult, Row, points_of, row_of
-from raysys.sweeping.search import Tpe, trials_of
-from raysys.sweeping.space import Point, Space, Trial, at_trial, draw, grid
+from raysys.sweeping.search import Tpe, draw_points, trials_of
+from raysys.sweeping.space import Point, Space, Trial, at_trial, grid, size
 from raysys.training.model import check_training_model
-from raysys.training.samples import choose_samples, order_of
+from raysys.training.samples import check_evidence, choose_samples, order_of
 
 EVIDENCE = ("corpus", "annotations", "selection", "policy")
 """Words that say which samples are kept."""
@@ -76,10 +76,11 @@ class Plan:
             self._points = grid(space)
             self._num_points = len(self._points)
         elif cfg.search == "random":
-            self._points = [draw(space, cfg.seed, number) for number in range(self._num_points)]
+            self._num_points = int(min(self._num_points, size(space)))
+            self._points = draw_points(space, seed=cfg.seed, count=self._num_points)
         else:
             self._tpe = Tpe(space, seed=cfg.seed, num_objectives=len(self.objectives) if cfg.objective == "front" else 1)
-            self._num_points = int(min(self._num_points, self._tpe.size))
+            self._num_points = int(min(self._num_points, size(space)))
 
     def check(self) -> None:
         """:raises UserError: where a point can not be trained, before anything runs."""
@@ -93,6 +94,8 @@ class Plan:
         configs = (
             [self.config(point) for point in self._points] or [at_trial(self._base, Trial(p, 0), "") for p in alone] or [self._base]
         )
+        for cfg in configs:
+            check_evidence(cfg)
         for cfg in {repr((c.model, c.pretrained, c.loss, c.towers, c.train)): c for c in configs}.values():
             check_training_model(cfg)
 
@@ -101,7 +104,7 @@ class Plan:
         self._output = output
         folder = output.join("points")
         if self._tpe and exists(folder):
-            for number, file in enumerate(sorted(list_names(folder))):
+            for number, file in enumerate(sorted(name for name in list_names(folder) if not name.startswith(".tmp-"))):
                 self._points.append(Point(number, read_json(join(folder, file))))
                 self._tpe.take_up(self._points[-1])
         for trial in self.trials():
@@ -128,11 +131,6 @@ class Plan:
     @property
     def num_to_come(self) -> int:
         return len(self._queue) + self.num_trials - len(self._points) * self._cfg.seeds
-
-    @property
-    def most_steps(self) -> int:
-        """Of a trial that is known."""
-        return max([self.config(point).num_steps for point in self._points] or [self._base.num_steps])
 
     def result_file(self, trial: str) -> str:
         return self._output.join("trials", trial, "result.json")
@@ -181,23 +179,28 @@ class Plan:
         return self._judged[job.evidence]
 
     def coming(self) -> list[Job]:
-        """The next trials, which stay to come; where tpe has still to propose the first, one like it."""
-        like_it = Trial(draw(self._space, self._cfg.seed, 0), self._cfg.seed)
-        if not self._queue:
-            return [self._job(like_it.name, _anywhere(at_trial(self._base, like_it, "")))]
-        return [self.job(trial) for trial in self._queue]
+        """The next trials, which stay to come; where tpe has still to propose the first, one with the words as they are."""
+        return [self.job(trial) for trial in self._queue] or [self._job("words", _anywhere(self._base))]
 
     def next(self) -> Job | None:
         """The next trial; None: that were all."""
-        if not self._queue and self._tpe and len(self._points) < self._num_points:
+        while not self._queue and self._tpe and len(self._points) < self._num_points:
             point = self._tpe.propose()
             assert point is not None, "num_points is at most the size of the space"
             write_json(self._output.join("points", f"{point.number:06d}.json"), point.values)
             self._points.append(point)
-            self._queue.extend(trial for trial in self.trials() if trial.point == point)
+            trials = [trial for trial in self.trials() if trial.point == point]
+            try:
+                check_evidence(self.config(point))
+                self._queue.extend(trials)
+            except UserError as error:  # values that cannot be together
+                for trial in trials:
+                    self.end(trial.name, {"status": "failed", "reason": str(error)})
         return self.job(self._queue.popleft()) if self._queue else None
 
-    def ended(self, name: str, result: dict[str, Any]) -> None:
+    def end(self, name: str, result: dict[str, Any]) -> None:
+        """A trial has ended."""
+        write_json(self.result_file(name), result)
         self.results[name] = result
         self._tell(next(trial.point for trial in self.trials() if trial.name == name))
 

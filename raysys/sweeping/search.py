@@ -6,12 +6,13 @@ is on disk: a call that goes on hands the points of the calls before it in again
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from raysys.sweeping.space import Point, Space, Span, Trial, draw_values
+from raysys.sweeping.space import Point, Space, Span, Trial, draw, draw_values, size
 
 if TYPE_CHECKING:
     import optuna
@@ -24,6 +25,20 @@ def trials_of(points: list[Point], seeds: Iterable[int]) -> list[Trial]:
     """All points with the first seed, then with the second: a coarse table comes early, and trials that run side by side have their seed, thus
     the order of their samples, in common and read the same blocks from the page cache."""
     return [Trial(point, seed) for seed in seeds for point in points]
+
+
+def draw_points(space: Space, *, seed: int, count: int) -> list[Point]:
+    """Of a random search, each other than all before it; more points leave the first ones as they are.
+
+    :param count: at most the size of the space.
+    """
+    drawn: dict[str, dict[str, Any]] = {}
+    for number in itertools.count():
+        if len(drawn) == count:
+            break
+        values = draw(space, seed, number).values
+        drawn.setdefault(repr(values), values)
+    return [Point(number, values) for number, values in enumerate(drawn.values())]
 
 
 class Tpe:
@@ -40,14 +55,13 @@ class Tpe:
         self._num_objectives = num_objectives
         self._study = optuna.create_study(directions=["maximize"] * num_objectives, sampler=self._sampler(0))
         self._distributions = {key: _distribution(said) for key, said in space.items()}
-        self.size = math.prod(_num_values(said) for said in space.values())
         self._asked: list[optuna.Trial] = []
         """Of each point, by its number."""
         self._known: set[str] = set()
 
     def propose(self) -> Point | None:
         """The next point, other than all before it where the space is finite; None where it has no other."""
-        if len(self._known) >= self.size:
+        if len(self._known) >= size(self._space):
             return None
         number = len(self._asked)
         self._study.sampler = self._sampler(number)
@@ -134,10 +148,3 @@ def _value(said: list[Any] | Span, param: Any) -> Any:
 
 def _param(said: list[Any] | Span, value: Any) -> Any:
     return [repr(listed) for listed in said].index(repr(value)) if isinstance(said, list) else value
-
-
-def _num_values(said: list[Any] | Span) -> float:
-    """How many values a key may take."""
-    if isinstance(said, list):
-        return len(said)
-    return said["high"] - said["low"] + 1 if isinstance(said["low"], int) else math.inf

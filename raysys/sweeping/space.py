@@ -219,6 +219,17 @@ def grid(space: Space) -> list[Point]:
     return [Point(i, dict(zip(space, values, strict=True))) for i, values in enumerate(itertools.product(*lists))]
 
 
+def size(space: Space) -> float:
+    """How many points there are; infinite with a range of fractions."""
+    return math.prod(_num_values(said) for said in space.values())
+
+
+def _num_values(said: list[Any] | Span) -> float:
+    if isinstance(said, list):
+        return len(said)
+    return said["high"] - said["low"] + 1 if isinstance(said["low"], int) else math.inf
+
+
 def draw(space: Space, seed: int, number: int) -> Point:
     """Point ``number`` of a random search: a function of its arguments, so that more points leave the first ones as they are."""
     return Point(number, draw_values(space, random.Random(f"{seed} {number}")))

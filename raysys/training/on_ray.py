@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,8 +52,12 @@ def train(cfg: TrainConfig) -> None:
     print(f"next:   raysys evaluate model={run.path} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS")
 
 
-Heard = Callable[[int, dict[str, float]], None]
-"""Takes a validation: the step, and its line of metrics.jsonl."""
+Heard = Callable[[int, dict[str, float]], bool]
+"""Takes a validation (the step, and its line of metrics.jsonl) and says whether the run goes on."""
+
+
+class StoppedEarly(WorkFailed):
+    """Who listens to the run has ended it. Its arguments: the step of the validation, and its line."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,14 @@ class Surroundings:
     evidence: str | None = None
     """Folder of the selection (or the index), which is made if it is not there; None: the run's own."""
     heard: Heard | None = None
-    """Is told every validation once, those of earlier calls too, by a thread of its own."""
+    """Is told every validation once, those of earlier calls too, by a thread of its own; may end the run (:class:`StoppedEarly`)."""
 
 
 def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
     """Train a run to its end, or take it up where it was left; the trials of a sweep are this too.
 
     :raises UserError: where words, corpus and cluster do not fit each other.
+    :raises WorkFailed: where the run diverges, or is stopped early.
     """
     around = around or Surroundings()
     check_training_model(cfg)
@@ -90,10 +95,12 @@ def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
     except LostLock as error:
         raise UserError(str(error)) from error
     except UserError:
-        with suppress(LostLock):
+        try:
             lock.check()
-            if not checkpoint.steps_there(run.path):
-                run.forget()  # other words or files may mend it, and would be refused here
+        except LostLock as error:
+            raise UserError(str(error)) from error
+        if not checkpoint.steps_there(run.path):
+            run.forget()  # other words or files may mend it, and would be refused here
         raise
     metrics = read_metrics(run.path)
     counts = {
@@ -276,7 +283,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress(run: Output, steps: int, news: Any, *, already: int, heard: Heard | None) -> Iterator[None]:
-    """Show the run's progress, and what workers say, while they write its log."""
+    """Show the run's progress, and what workers say, while they write its log; end the run where ``heard`` says so."""
     stop = threading.Event()
     told: set[int] = set()
 
@@ -284,7 +291,9 @@ def _progress(run: Output, steps: int, news: Any, *, already: int, heard: Heard 
         for line in lines:
             if heard is not None and SCORE in line and line["step"] not in told:
                 told.add(line["step"])
-                heard(line["step"], line)
+                if not heard(line["step"], line) and not stop.is_set():
+                    ray.get(news.tell.remote(StoppedEarly(line["step"], line)))
+                    RunLock.take(run.path)  # workers lose the run at their next write, and end together
 
     def follow() -> None:
         progress, shown, lines_heard, stopped = Progress("train", steps, "steps", already=already), already, 0, False

@@ -89,7 +89,7 @@ def test_tpe_with_asha_ends_bad_trials_early(tmp_path: Path, plain_corpus: Path,
         "train.validate_every=50",
         "asha.grace_steps=50",
         "asha.reduction_factor=2",
-        "max_concurrent=1",
+        "max_concurrent=2",
     ]
     log = tmp_path / "log"
     process = start_cli(sweep, log)
