@@ -46,7 +46,7 @@ def test_sweep_finds_a_point_that_train_accepts_and_a_failed_one_is_a_row(
     assert status == 0, err
     table = pq.read_table(tmp_path / "W" / "results.parquet").to_pylist()
     assert [(r["status"], r["policy"], r["kept_share"], r["steps"]) for r in table] == [
-        ("failed", "paper", None, None),
+        ("failed", "paper", 24 / 30, None),
         ("finished", "none", 28 / 30, 3),
     ]
     assert "24 of 30 samples are kept: global_batch=26 takes 26 samples of 24" in table[0]["reason"]
@@ -86,8 +86,8 @@ def test_more_trials_at_a_time_than_there_is_room_for_are_refused_with_both_numb
     status, _, err = run_cli(*sweep, "max_concurrent=3")
     assert status == 2
     assert "max_concurrent=3 trials of 1 workers beside 1 evaluators needs 2.83 CPUs, the cluster has 2" in err
-    status, _, err = run_cli(*sweep, "num_workers=4", "global_batch=28")
-    assert status == 2 and "a trial of 4 workers beside 1 evaluators needs 3.71 CPUs, the cluster has 2" in err
+    status, _, err = run_cli(*sweep, "num_workers=13", "order.lanes=65")
+    assert status == 2 and "a trial of 13 workers beside 1 evaluators needs 11.81 CPUs, the cluster has 2" in err
     assert not (tmp_path / "W").exists()
 
 
