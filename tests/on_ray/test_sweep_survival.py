@@ -20,7 +20,7 @@ NO_OCR = """
 import os, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name in ("raysys.regions.engine", "onnxruntime"):
+        if name in ("raysys.regions.engine", "raysys.regions.annotator"):
             open(os.environ["OCR_WAS_LOADED"], "a").write(f"{name} in {sys.argv}\\n")
 sys.meta_path.insert(0, Refuse())
 """
