@@ -1,9 +1,9 @@
 """``raysys sweep``: Ray Tune over points and seeds; each trial is :func:`raysys.training.on_ray.train_run`, as in ``raysys train``.
 
-In: a space, the words of train and of evaluate. Out: W/{results.parquet, front.json, best.yaml, tensorboard, trials/TRIAL, manifest.json}.
-Annotations were made once, before; evaluation sets are decoded once, by one pool of evaluators that all trials ask. A trial whose
-``result.json`` is there has ended; the same words take up every other one from its checkpoints. What is tried stands in
-:mod:`raysys.sweeping.space` and :mod:`raysys.sweeping.search`, what comes out of it in :mod:`raysys.sweeping.results`.
+In: a space, the words of train and of evaluate. Out: W/{results.parquet, front.json, best.yaml, tensorboard, evidence, trials/TRIAL,
+manifest.json}. Annotations were made once, before; each selection is made once, in the driver; evaluation sets are decoded once, by one pool
+of evaluators that all trials ask. A trial whose ``result.json`` is there has ended; the same words take up every other one from its
+checkpoints. Which trials there are stands in :mod:`raysys.sweeping.plan`, what comes out of them in :mod:`raysys.sweeping.results`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def sweep(cfg: SweepConfig) -> None:
         else:
             print(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
     finally:
-        if not any(exists(output.join(folder)) for folder in ("trials", "lock")):  # a dry run, a mistake: other words may come
+        if not exists(output.join("trials")):  # a dry run, or a mistake: other words may come
             output.forget()
     if cfg.dry_run:
         print("next:   the same words without dry_run=true")
