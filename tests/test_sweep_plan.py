@@ -152,6 +152,9 @@ def test_values_that_cannot_be_together_are_a_failed_point_and_the_search_goes_o
     assert len(rest(made)) == 3
     failed = [row for row in made.rows() if row["status"] == "failed"]
     assert len(failed) == 1 and "towers.lock_image_unlocked_groups=1 needs towers.lock_image=true" in failed[0]["reason"]
+    Path(made.result_file(failed[0]["trial"])).unlink()  # killed between the point and its result
+    again = plan(tmp_path, corpus, tiny_model, space, "search=tpe", "num_samples=4", "towers.lock_image=true")
+    assert [row["trial"] for row in again.rows() if row["status"] == "failed"] == [failed[0]["trial"]]
 
 
 def test_random_search_draws_no_point_twice(tmp_path: Path, corpus: Path, tiny_model: str) -> None:

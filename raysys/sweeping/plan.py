@@ -111,10 +111,11 @@ class Plan:
             file = self.result_file(trial.name)
             if exists(file):
                 self.results[trial.name] = read_json(file)
-            if self.results.get(trial.name, CRASHED)["status"] == "crashed":
-                self._queue.append(trial)
         for point in self._points:
             self._tell(point)
+        for trial in self.trials():
+            if self.results.get(trial.name, CRASHED)["status"] == "crashed" and (self._tpe is None or self._can_be(trial)):
+                self._queue.append(trial)
 
     def trials(self) -> list[Trial]:
         """In the order in which they run. Of tpe, those of the points that are proposed, point by point: it learns of whole points."""
@@ -153,13 +154,10 @@ class Plan:
 
         Before any GPU is asked for: a policy that keeps too little is told here, and its trials fail at once.
         """
-        by_place: dict[str, list[Trial]] = {}
-        for trial in self._queue:
-            by_place.setdefault(self.job(trial).evidence, []).append(trial)
-        for trials in by_place.values():
-            said = [{key: t.point.values[key] for key in self.keys if key.split(".")[0] in EVIDENCE} for t in trials]
-            what = ", ".join(f"{key}={value}" for key, value in said[0].items()) or "all points"
-            job = self.job(trials[0])
+        first = {self.job(trial).evidence: trial for trial in reversed(self._queue)}
+        for trial in reversed(first.values()):
+            said = [f"{key}={value}" for key, value in trial.point.values.items() if key.split(".")[0] in EVIDENCE]
+            what, job = ", ".join(said) or "all points", self.job(trial)
             try:
                 index = self.judge_for(job)
                 order_of(job.cfg, index)
@@ -189,14 +187,17 @@ class Plan:
             assert point is not None, "num_points is at most the size of the space"
             write_json(self._output.join("points", f"{point.number:06d}.json"), point.values)
             self._points.append(point)
-            trials = [trial for trial in self.trials() if trial.point == point]
-            try:
-                check_evidence(self.config(point))
-                self._queue.extend(trials)
-            except UserError as error:  # values that cannot be together
-                for trial in trials:
-                    self.end(trial.name, {"status": "failed", "reason": str(error)})
+            self._queue.extend(trial for trial in self.trials() if trial.point == point and self._can_be(trial))
         return self.job(self._queue.popleft()) if self._queue else None
+
+    def _can_be(self, trial: Trial) -> bool:
+        """Whether the values of a proposed point can be together; else its trial has failed."""
+        try:
+            check_evidence(self.config(trial.point))
+        except UserError as error:
+            self.end(trial.name, {"status": "failed", "reason": str(error)})
+            return False
+        return True
 
     def end(self, name: str, result: dict[str, Any]) -> None:
         """A trial has ended."""
