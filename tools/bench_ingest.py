@@ -1,4 +1,4 @@
-"""Training input: how fast, how many bytes, how long a step waits for it, and what a billion samples cost.
+"""Training input: how fast, how many bytes, how long a step waits for it (and a billion samples: bench_scale.py).
 
 1. ``ingest``: samples per second from tars on disk (in the page cache) to batches of 256 in the main process, which only takes them: raysys's
    BatchReader with decode threads in one process against open_clip's own pipeline (``open_clip_train.data.get_wds_dataset`` on webdataset,
@@ -10,10 +10,8 @@
 2. ``bytes``: bytes of the pictures / bytes read from the tars for one pass over all samples, all workers together, with all samples kept and
    with a random half. Goals: 1.2 and 2.2 bytes read for each byte used.
 3. ``training``: a short ``raysys train`` on CPUs; the share of the time in which its steps do not wait for data.
-4. ``order``: the order of 1,000,000,000 samples in 100,000 shards of 200 MB, from nothing to the first batch of worker 0: time, and peak memory
-   beyond a process that only imports. The reference is the goal.
 
-    python tools/bench_ingest.py [--only ingest bytes training order] [--data 'GLOB']
+    python tools/bench_ingest.py [--only ingest bytes training] [--data 'GLOB']
 
 GLOB names WebDataset tars. Without it 2,000 pictures of 500 x 375 px are drawn (noise with a spectrum of photographs, 50 KB each, tars
 as img2dataset writes them), and stand in the corpus ten times.
@@ -47,12 +45,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from benchmark import Row, finish, rate
 
-from raysys.config import AugmentConfig, CorpusConfig, LoopConfig, OrderConfig, TrainConfig
+from raysys.config import CorpusConfig, LoopConfig, TrainConfig
 from raysys.corpus.index import BlockReader, SampleIndex
 from raysys.corpus.order import Order, Places
 from raysys.training.metrics import read_metrics
 
-if TYPE_CHECKING:  # part 4 measures a process without it
+if TYPE_CHECKING:  # --help needs no torch
     import torch
 
     Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -65,10 +63,6 @@ BATCH, SIDE_PX = 256, 224
 SKIP, TIMED_S, TURNS = 4, 10.0, 3
 MODEL = "ViT-B-32"
 """Whose tokenizer and normalisation both take."""
-
-SHARDS, SHARD_SAMPLES, SHARD_BYTES = 100_000, 10_000, 200_000_000
-HUGE_BATCH = 32_768
-MAX_S, MAX_MB = 10.0, 1_000.0
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------
@@ -281,68 +275,21 @@ def training(corpus: str, run: Path) -> Row:
     return rate("train on CPUs, time not waiting for data", ours=100 * (1 - wait_s / step_s), reference=100.0, unit="%", goal=0.95)
 
 
-# ---- 4. order ----------------------------------------------------------------------------------------------------------
-
-
-def order_alone(world_size: int) -> None:
-    """Print seconds to the first batch of worker 0 and this process's peak memory, MB; 0 workers: only the imports."""
-    start = time.perf_counter()
-    if world_size:
-        cfg = OrderConfig()
-        order = Order(
-            np.full(SHARDS, SHARD_SAMPLES),
-            np.full(SHARDS, SHARD_BYTES),
-            global_batch=HUGE_BATCH,
-            lanes=cfg.lanes,
-            block_bytes=cfg.block_mb * 1e6,
-            window_bytes=cfg.window_mb * 1e6,
-            seed=0,
-            factor=AugmentConfig().factor,
-        )
-        samples, _ = order.batch(0, 0, world_size)
-        assert len(np.unique(samples)) == HUGE_BATCH // world_size
-    spent_s = time.perf_counter() - start
-    # Not getrusage: its maximum outlives exec, so it would be that of the parent.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(spent_s, int(peak.split()[1]) * 1024 / 1e6)
-
-
-def order() -> list[Row]:
-    def measure(world_size: int) -> tuple[float, float]:
-        command = [sys.executable, __file__, "--order", str(world_size)]
-        spent_s, peak_mb = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
-        return float(spent_s), float(peak_mb)
-
-    _, imports_mb = measure(0)
-    rows = []
-    for world_size in (64, 1):
-        spent_s, peak_mb = measure(world_size)
-        for what, measured, most, unit in (("first batch", spent_s, MAX_S, "s"), ("memory", peak_mb - imports_mb, MAX_MB, "MB")):
-            rows.append(
-                Row(f"order of 1e9, {what}, 1 of {world_size}", measured, most, most / measured, 1.0, f"{unit}, less is better")
-            )
-    return rows
-
-
 # ---- all ---------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parts = ("ingest", "bytes", "training", "order")
+    parts = ("ingest", "bytes", "training")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--data", help="glob of WebDataset tars")
-    parser.add_argument("--order", type=int, help=argparse.SUPPRESS)
     words = parser.parse_args()
-    if words.order is not None:
-        order_alone(words.order)
-        return
     logging.disable(logging.WARNING)  # open_clip's
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         corpus = words.data or str(scratch / "corpus")
-        if set(words.only) - {"order"} and not words.data:
+        if not words.data:
             draw_corpus(scratch / "corpus")
         if {"ingest", "bytes"} & set(words.only):
             from raysys.training.samples import choose_samples
@@ -359,8 +306,6 @@ def main() -> None:
             rows += bytes_read(cfg, index, scratch)
         if "training" in words.only:
             rows.append(training(corpus, scratch / "run"))
-        if "order" in words.only:
-            rows += order()
     finish(rows)
 
 

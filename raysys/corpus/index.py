@@ -103,14 +103,22 @@ class BlockReader:
 
         :raises UserError: where the files do not fit the index.
         """
-        shard = int(np.searchsorted(self._ends, first, side="right"))
-        before = int(self._ends[shard] - self._index.kept[shard])
-        name = self._index.names[shard].as_py()
-        table = self._shard_rows(shard, name).read(first - before, end - before)
+        name, table = self._places(first, end)
         path = shard_path(self._index.roots, name)
         offset = table["offset"].to_numpy()
         pictures, bytes_read = read_images(path, offset, table["size"].to_numpy())
         return Block(first, path, shard_hash(name), offset, pictures, table["caption"].combine_chunks(), bytes_read)
+
+    def places(self, first: int, end: int) -> pa.Table:
+        """Columns ``offset``, ``size`` and ``caption`` of what :meth:`read` reads; no picture."""
+        return self._places(first, end)[1]
+
+    def _places(self, first: int, end: int) -> tuple[str, pa.Table]:
+        """Name of the shard, and where its samples lie."""
+        shard = int(np.searchsorted(self._ends, first, side="right"))
+        before = int(self._ends[shard] - self._index.kept[shard])
+        name = self._index.names[shard].as_py()
+        return name, self._shard_rows(shard, name).read(first - before, end - before)
 
     def _shard_rows(self, shard: int, name: str) -> _ShardRows:
         with self._lock:

@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 _DEAL, _PASS, _WINDOW, _STEP = range(4)
 """What a random stream is for."""
+_DEALT_AT_ONCE = 1 << 18
+"""Blocks whose places are looked up at once: some 20 MB."""
 _WINDOWS_KEPT = 3
 """Windows that a part of a lane remembers: the one at work and both neighbours."""
 
@@ -74,16 +77,14 @@ class Order:
                     + "; a batch must hold some of every source, and none twice"
                 )
             blocks = _Blocks(kept[shards], size[shards], int(ends[source.first] - kept[source.first]), block_bytes)
-            dealt = blocks.deal(_rng(seed, _DEAL, number))
+            dealt = _Dealt(blocks, _rng(seed, _DEAL, number))
             window = int(window_bytes * num_samples / max(int(size[shards].sum()), 1))
             done = 0
             for lane, mine in enumerate(slots[:, number].tolist()):
                 if mine:
-                    first, end = num_samples * done // share, num_samples * (done + mine) // share
+                    span = (num_samples * done // share, num_samples * (done + mine) // share)
                     key = (seed, number, lane)
-                    self._parts[lane].append(
-                        _Part(key, dealt.cut(first, end), mine, max(window, mine), lane / lanes, share, num_samples)
-                    )
+                    self._parts[lane].append(_Part(key, dealt, span, mine, max(window, mine), lane / lanes, share, num_samples))
                 done += mine
 
     def sizes(self, world_size: int) -> tuple[int, ...]:
@@ -138,15 +139,23 @@ class _Part:
     """A lane's part of a source: its samples, and a fixed number of slots of every batch."""
 
     def __init__(
-        self, key: tuple[int, ...], ranges: np.ndarray, slots: int, window: int, stagger: float, share: int, num_samples: int
+        self,
+        key: tuple[int, ...],
+        dealt: _Dealt,
+        span: tuple[int, int],
+        slots: int,
+        window: int,
+        stagger: float,
+        share: int,
+        num_samples: int,
     ) -> None:
         """
-        :param ranges: int64 [pieces, 2]: first sample and end of each piece of a block.
+        :param span: first and end of the samples that are its own, as they are dealt.
         :param window: samples; at least ``slots``.
         :param stagger: 0..1: the first window of a pass is shorter by that part, so that lanes do not all read at the same time.
         """
-        self.slots, self._key, self._ranges, self._window = slots, key, ranges, window
-        self.num_samples = int((ranges[:, 1] - ranges[:, 0]).sum())
+        self.slots, self._key, self._dealt, self._span, self._window = slots, key, dealt, span, window
+        self.num_samples = span[1] - span[0]
         self._first_window = window - int((window - slots) * stagger)
         # With fewer than two batches, every step is a pass of its own over a random part.
         self._step_is_pass = num_samples < 2 * share
@@ -238,6 +247,11 @@ class _Part:
         skipped = start - (int(ends[first - 1]) if first else 0)
         return np.concatenate(pieces)[skipped : skipped + end - start]
 
+    @cached_property
+    def _ranges(self) -> np.ndarray:
+        """int64 [pieces, 2]: first sample and end of each piece of a block; only who serves the lane has them in memory."""
+        return self._dealt.cut(*self._span)
+
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Pieces in the order of a pass, and where each ends."""
         found = self._passes.get(number)
@@ -255,31 +269,40 @@ class _Blocks:
     def __init__(self, kept: np.ndarray, size: np.ndarray, first_sample: int, block_bytes: float) -> None:
         self._kept = kept.astype(np.int64)
         self._cuts = np.minimum(np.ceil(size / block_bytes).astype(np.int64).clip(1), self._kept)
-        self._first_block = np.cumsum(self._cuts) - self._cuts
+        self._ends = np.cumsum(self._cuts)
         self._first_sample = first_sample + np.cumsum(self._kept) - self._kept
 
-    def deal(self, rng: np.random.Generator) -> _Dealt:
-        """All blocks, shuffled."""
-        blocks = rng.permutation(int(self._cuts.sum()))
-        shard = np.repeat(np.arange(len(self._cuts)), self._cuts)[blocks]
-        number, kept, cuts = blocks - self._first_block[shard], self._kept[shard], self._cuts[shard]
-        first, end = number * kept // cuts, (number + 1) * kept // cuts
-        return _Dealt(np.stack([first, end], axis=1) + self._first_sample[shard, None], np.cumsum(end - first))
+    def __len__(self) -> int:
+        return int(self._cuts.sum())
+
+    def ranges(self, blocks: np.ndarray) -> np.ndarray:
+        """int64 [blocks, 2]: first sample and end of each."""
+        shard = np.searchsorted(self._ends, blocks, side="right")
+        kept, cuts = self._kept[shard], self._cuts[shard]
+        number = blocks - (self._ends[shard] - cuts)
+        return np.stack([number * kept // cuts, (number + 1) * kept // cuts], axis=1) + self._first_sample[shard, None]
 
 
-@dataclass
 class _Dealt:
-    ranges: np.ndarray
-    """int64 [blocks, 2]: first sample and end."""
-    ends: np.ndarray
-    """int64 [blocks]: samples up to the end of each."""
+    """The blocks of a source, shuffled: 12 bytes a block, of which a billion samples of 20 KB have five million."""
+
+    def __init__(self, blocks: _Blocks, rng: np.random.Generator) -> None:
+        self._blocks = blocks
+        self._order = np.arange(len(blocks), dtype=np.int32 if len(blocks) < 1 << 31 else np.int64)
+        rng.shuffle(self._order)
+        self._ends = np.empty(len(blocks), np.int64)
+        """Samples up to the end of each."""
+        for first in range(0, len(blocks), _DEALT_AT_ONCE):
+            ranges = blocks.ranges(self._order[first : first + _DEALT_AT_ONCE])
+            self._ends[first : first + _DEALT_AT_ONCE] = ranges[:, 1] - ranges[:, 0]
+        np.cumsum(self._ends, out=self._ends)
 
     def cut(self, start: int, end: int) -> np.ndarray:
-        """Ranges of the samples at ``start .. end - 1``; blocks at the cuts are shared with the neighbour."""
-        first, last = np.searchsorted(self.ends, [start, end - 1], side="right")
-        ranges = self.ranges[first : last + 1].copy()
-        ranges[-1, 1] -= int(self.ends[last]) - end
-        ranges[0, 0] += start - (int(self.ends[first - 1]) if first else 0)
+        """Ranges of the samples at ``start .. end - 1``, int64 [pieces, 2]; blocks at the cuts are shared with the neighbour."""
+        first, last = np.searchsorted(self._ends, [start, end - 1], side="right")
+        ranges = self._blocks.ranges(self._order[first : last + 1])
+        ranges[-1, 1] -= int(self._ends[last]) - end
+        ranges[0, 0] += start - (int(self._ends[first - 1]) if first else 0)
         return ranges
 
 

@@ -31,7 +31,7 @@ from raysys.corpus.shards import iter_samples, shard_path
 from raysys.corpus.tars import iter_spans
 from raysys.progress import Progress
 from raysys.regions.annotations import Annotations, read_head, refuse_changed_shard
-from raysys.storage import Output, UserError, find_files, mask, open_fs, open_output, remove_folder, write_json, writing
+from raysys.storage import Output, UserError, find_files, is_final, mask, open_fs, open_output, remove_folder, write_json, writing
 
 SHARDS_AT_ONCE = 8
 """Shards that are copied beside each other: each waits for storage most of the time."""
@@ -76,6 +76,8 @@ def write_shards(
                 sizes[targets[name]] = samples
             progress.advance(items=samples)
     except OSError as error:
+        if is_final(error):
+            raise
         raise UserError(f"shards={mask(folder)}: {error}; mend it and run the same words again, what is done stays done") from error
     finally:
         progress.close()

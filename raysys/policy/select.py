@@ -16,7 +16,7 @@ import hashlib
 import os
 import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -31,6 +31,7 @@ from raysys.corpus.prefetch import prefetch
 from raysys.corpus.shards import open_corpus, refuse_output_in_corpus, shard_path
 from raysys.policy.export import write_shards
 from raysys.policy.policy import COLUMNS, judge
+from raysys.policy.subset import UID, SortedUids
 from raysys.progress import Progress
 from raysys.regions.annotations import Annotations, head_of, open_annotations, read_heads, read_parquet
 from raysys.storage import (
@@ -39,6 +40,7 @@ from raysys.storage import (
     absolute,
     exists,
     find_files,
+    is_local,
     join,
     mask,
     open_output,
@@ -46,6 +48,7 @@ from raysys.storage import (
     read_json,
     remove_folder,
     require_finished,
+    resolved,
     shard_name,
     writing,
 )
@@ -53,8 +56,6 @@ from raysys.storage import (
 SHARDS_AT_ONCE = 4
 """Shards that are read, judged and written beside each other; so many are in memory."""
 SELECTION_COLUMNS = ("shard", "index", "key", "keep", "reason")
-UID = np.dtype("u8,u8")
-"""How DataComp writes a 128-bit uid: its first and its last 16 hex digits (github.com/mlfoundations/datacomp, apply_filter.py)."""
 
 
 # ---- the decision -----------------------------------------------------------------------------------------------------
@@ -85,31 +86,23 @@ def select(annotations: Annotations, name: str, policy: PolicyConfig) -> pa.Tabl
 
 
 @dataclass
-class _Tally:
-    """What came of some shards."""
+class _Judged:
+    """What came of a shard."""
 
-    samples: int = 0
-    kept: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    uids: list[np.ndarray] = field(default_factory=list)
-    """``UID`` [kept samples that have one], an array a shard."""
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of ``SHARDS_SCHEMA``."""
+    line: dict[str, Any]
+    """Of ``SHARDS_SCHEMA``."""
+    reasons: Counter[str]
+    uids: np.ndarray
+    """``UID`` [kept samples that have one]"""
 
     @classmethod
-    def of(cls, name: str, verdicts: pa.Table) -> _Tally:
+    def of(cls, name: str, verdicts: pa.Table) -> _Judged:
         reasons = pc.value_counts(verdicts["reason"].drop_null()).to_pylist()
-        kept = verdicts.filter(verdicts["keep"])
-        of_shard = {"name": name, "rows": verdicts.num_rows, "kept": kept.num_rows, "identity": head_of(verdicts).identity}
-        counts = Counter({r["values"]: r["counts"] for r in reasons})
-        return cls(verdicts.num_rows, kept.num_rows, counts, [decode_uids(kept["uid"])], [of_shard])
-
-    def __iadd__(self, other: _Tally) -> _Tally:
-        self.samples, self.kept = self.samples + other.samples, self.kept + other.kept
-        self.reasons.update(other.reasons)
-        self.uids += other.uids
-        self.shards += other.shards
-        return self
+        kept = pc.sum(verdicts["keep"]).as_py() or 0
+        line = {"name": name, "rows": verdicts.num_rows, "kept": kept, "identity": head_of(verdicts).identity}
+        return cls(
+            line, Counter({r["values"]: r["counts"] for r in reasons}), decode_uids(verdicts["uid"].filter(verdicts["keep"]))
+        )
 
 
 def decode_uids(uids: pa.ChunkedArray) -> np.ndarray:
@@ -224,27 +217,33 @@ def _write_selection(annotations: Annotations, sha256: str, policy: PolicyConfig
     for stale in ("selection", "subset.npy", SHARDS_FILE):
         remove_folder(output.join(stale))
 
-    def write(name: str) -> _Tally:
-        verdicts = select(annotations, name, policy)
-        with writing(output.join("selection", f"{name}.parquet"), tmp_folder=output.join("_tmp")) as file:
-            pq.write_table(verdicts.select(SELECTION_COLUMNS).replace_schema_metadata(), file)
-        return _Tally.of(name, verdicts)
+    tmp_folder = output.join("_tmp")
 
-    total = _Tally()
+    def write(name: str) -> _Judged:
+        verdicts = select(annotations, name, policy)
+        with writing(output.join("selection", f"{name}.parquet"), tmp_folder=tmp_folder) as file:
+            pq.write_table(verdicts.select(SELECTION_COLUMNS).replace_schema_metadata(), file)
+        return _Judged.of(name, verdicts)
+
+    lines: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
     progress = Progress("filter", len(annotations.names), "shards")
-    for tally in prefetch(annotations.names, write, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE):
-        total += tally
-        progress.advance(items=tally.samples)
-    progress.close()
-    uids = np.concatenate([*total.uids, np.zeros(0, UID)])
-    if len(uids):
-        with writing(output.join("subset.npy"), tmp_folder=output.join("_tmp")) as file:
-            np.save(file, np.unique(uids))  # sorted, as DataComp's resharder searches in it
-    shards = pa.Table.from_pylist(total.shards, SHARDS_SCHEMA)
-    write_shards_table(output.path, shards, tmp_folder=output.join("_tmp"))
-    remove_folder(output.join("_tmp"))
-    counts = {"samples": total.samples, "kept": total.kept, "reasons": dict(total.reasons)}
-    output.finish(counts, kept_with_uid=len(uids), policy=asdict(policy), annotations_sha256=sha256)
+    with SortedUids(tmp_folder if is_local(output.path) else None) as uids:
+        for judged in prefetch(annotations.names, write, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE):
+            lines.append(judged.line)
+            reasons.update(judged.reasons)
+            uids.add(judged.uids)
+            progress.advance(items=judged.line["rows"])
+        progress.close()
+        if len(uids):
+            uids.write(output.join("subset.npy"), tmp_folder=tmp_folder)
+        kept_with_uid = len(uids)
+    shards = pa.Table.from_pylist(lines, SHARDS_SCHEMA)
+    write_shards_table(output.path, shards, tmp_folder=tmp_folder)
+    remove_folder(tmp_folder)
+    samples, kept = (pc.sum(shards[column]).as_py() or 0 for column in ("rows", "kept"))
+    counts = {"samples": samples, "kept": kept, "reasons": dict(reasons)}
+    output.finish(counts, kept_with_uid=kept_with_uid, policy=asdict(policy), annotations_sha256=sha256)
 
 
 def _print_counts(policy: PolicyConfig, output: Output) -> None:
@@ -294,7 +293,7 @@ def open_selection(path: str) -> Selection:
     """:raises UserError: where it is missing or unfinished, or its annotations changed since."""
     path = absolute(path)
     manifest = require_finished(path, "filter")
-    settings: dict[str, Any] = read_json(join(path, "settings.json"))["settings"]
+    settings: dict[str, Any] = resolved(read_json(join(path, "settings.json"))["settings"])
     annotations = open_annotations(settings["annotations"])
     if annotations.fingerprint != settings["annotations_fingerprint"]:
         raise UserError(
