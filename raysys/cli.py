@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from raysys.config import VERBS, TrainConfig, check, choices, config_dir
 from raysys.keys import fold, groups, read_group, read_keys, type_of
-from raysys.storage import UserError, WorkFailed
+from raysys.storage import UserError, WorkFailed, explained, is_final, mask, remember_interpolated
 
 # Verb -> (module and function, what it does, an example); in the order of the pipeline.
 HELP: dict[str, tuple[str, str, str]] = {
@@ -154,6 +154,7 @@ def compose_config(verb: str, words: list[str], *, complete: bool = True) -> Any
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise UserError(f"missing: {', '.join(f'{key}=...' for key in missing)}")
+        remember_interpolated(cast(dict[str, Any], OmegaConf.to_container(cfg)))
         result = OmegaConf.to_object(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(fold(error)) from error
@@ -256,6 +257,9 @@ def run(argv: list[str]) -> None:
     getattr(importlib.import_module(module), function)(cfg)
 
 
+_OF_THE_INPUT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ConnectionError, TimeoutError)
+
+
 def main() -> None:
     argv = sys.argv[1:]
     name = " ".join(["raysys", *argv[:1]]) if argv and argv[0] in VERBS else "raysys"
@@ -263,22 +267,26 @@ def main() -> None:
         run(argv)
         sys.stdout.flush()
     except UserError as error:
-        cause = getattr(error, "cause", error)  # Ray wraps an error of a worker; its own text holds a traceback
-        message = " ".join(str(cause).split())
-        print(f"{name}: {message}", file=sys.stderr)
-        sys.exit(2)
+        _end(name, getattr(error, "cause", error), 2)  # Ray wraps an error of a worker; its own text holds a traceback
     except WorkFailed as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        _end(name, getattr(error, "cause", error), 1)
     except BrokenPipeError:  # of `raysys ... | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ConnectionError, TimeoutError) as error:
-        print(f"{name}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        if is_final(error):
+            _end(name, explained(error), 1)
+        if not isinstance(error, _OF_THE_INPUT):
+            raise
+        _end(name, f"{error.filename or ''}: {error.strerror or error}", 2)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same words take it up again", file=sys.stderr)
-        sys.exit(130)
+        _end(name, "stopped; the same words take it up again", 130)
+
+
+def _end(name: str, why: object, status: int) -> NoReturn:
+    """One line, whatever it was."""
+    print(f"{name}: {mask(' '.join(str(why).split()))}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

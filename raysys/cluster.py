@@ -1,5 +1,7 @@
-"""Ray's start and end: a cluster that RAY_ADDRESS names, else a fresh local one of our own.
+"""Ray's edge: a cluster that RAY_ADDRESS names, else a fresh local one of our own; and whether work has room there.
 
+In: :class:`RayConfig`, what work needs (:class:`Need`). Out: Ray that is up, room that is there, or one line that says what is missing: at
+once where it can never come, after a while where others hold it or an autoscaler may bring it.
 Never joins a Ray that happens to run on this machine, never stops one that it did not start.
 """
 
@@ -7,8 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table of its own, whatever the verbosity
@@ -17,31 +25,63 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a sweep
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
 
 import ray
+from ray._private.state import available_resources_per_node, state
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.config import RayConfig
-from raysys.storage import UserError
+from raysys.progress import duration
+from raysys.storage import INTERPOLATED, UserError, WorkFailed, exists, join, mask, read_bytes, remove_file, write_bytes
+
+SLACK = 1e-6
+"""Of a resource: Ray counts in parts of 10,000."""
+TELL_EVERY_S = 60.0
+"""Between two lines of one that waits."""
+ANSWER_S = 10.0
+"""What the head of a cluster may take to answer."""
+SETTLE_S = 5.0
+"""What work that has just ended may take to give its resources back."""
+
+
+# ---- up and down ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def ray_session(cfg: RayConfig) -> Iterator[None]:
-    """Ray is up within; a session within a session is the same one."""
+    """Ray is up within; a session within a session is the same one.
+
+    :raises UserError: where RAY_ADDRESS names no cluster that lets us in.
+    """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address and "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={mask(address)}: raysys runs on the cluster, not through Ray Client or the dashboard; "
+            "`ray job submit --address http://HOST:8265 --working-dir . -- python -m raysys VERB ...` brings it there"
+        )
     if not cfg.verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
+        _knock(address)
         ray.init(
             address=address or "local",
             num_cpus=None if address else cfg.num_cpus,
             include_dashboard=None if address else cfg.dashboard,
+            dashboard_host="127.0.0.1",
             log_to_driver=cfg.verbose,
             logging_level=logging.INFO if cfg.verbose else logging.ERROR,
             namespace="raysys",
+            # which variables hold secrets, not what they hold
+            runtime_env={"env_vars": {INTERPOLATED: os.environ[INTERPOLATED]}} if os.environ.get(INTERPOLATED) else None,
         )
-    except ConnectionError as error:
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise UserError(f"RAY_ADDRESS={address}: no Ray answers there ({error})") from error
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: the cluster takes another token; give it in RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH"
+        ) from error
     ray.data.DataContext.get_current().memory_usage_poll_interval_s = (
         None  # walking an actor's pages every second costs it some per cent
     )
@@ -57,14 +97,259 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def _knock(address: str | None) -> None:
+    """:raises OSError: where nobody listens; Ray would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+
+
 def num_cpus() -> int:
     """CPUs of the whole cluster."""
     return int(ray.cluster_resources().get("CPU", 0))
 
 
-def require(what: str, *, cpus: float = 0, gpus: float = 0) -> None:
-    """Refuse what can never run: Ray would wait in silence. :raises UserError: with both numbers."""
-    there = ray.cluster_resources()
-    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
-        if needed > there.get(kind, 0):
-            raise UserError(f"{what} needs {needed:g} {kind}s, the cluster has {there.get(kind, 0):g}; ask for less or add nodes")
+def on_this_node(*, soft: bool = False) -> NodeAffinitySchedulingStrategy:
+    """For what a call cannot do without: it stays beside the driver, and any other node may die."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=soft)
+
+
+def this_node() -> Node:
+    node_id = ray.get_runtime_context().get_node_id()
+    return next(node for node in live_nodes() if node.id == node_id)
+
+
+def only_here() -> dict[str, float]:
+    """A resource that no other node has, for those whom Ray lets ask for nothing but resources."""
+    return {kind: 0.001 for kind in this_node().total if kind.startswith("node:") and kind != "node:__internal_head__"}
+
+
+# ---- room -------------------------------------------------------------------------------------------------------------
+
+Bundle = Mapping[str, float]
+"""Resources (``CPU``, ``GPU``, ``memory`` and ``object_store_memory`` in bytes) that one process needs on one node."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What some work asks of a cluster."""
+
+    what: str
+    """As a message begins: ``train with 8 workers``."""
+    bundles: Sequence[Bundle]
+
+    def total(self, kind: str) -> float:
+        return sum(bundle.get(kind, 0) for bundle in self.bundles)
+
+
+@dataclass(frozen=True)
+class Node:
+    id: str
+    address: str
+    total: dict[str, float]
+    free: dict[str, float]
+
+
+def live_nodes() -> list[Node]:
+    """Nodes that are there."""
+    free = available_resources_per_node()
+    return [
+        Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def settled_nodes() -> list[Node]:
+    """The same, when what has just ended has given back what it held."""
+    end, there = time.monotonic() + SETTLE_S, live_nodes()
+    while time.monotonic() < end and any(node.free.get("CPU", 0) < node.total.get("CPU", 0) - SLACK for node in there):
+        time.sleep(0.1)
+        there = live_nodes()
+    return there
+
+
+def left_over(bundles: Sequence[Bundle], rooms: Sequence[Bundle]) -> list[Bundle]:
+    """Bundles that find no place, the largest being placed first, each on the first node with room."""
+    free = [dict(room) for room in rooms]
+    largest_first = sorted(bundles, key=lambda bundle: (bundle.get("GPU", 0), bundle.get("CPU", 0)), reverse=True)
+    return [bundle for bundle in largest_first if not _place(bundle, free)]
+
+
+def num_that_fit(bundles: Sequence[Bundle], rooms: Sequence[Bundle], *, beside: Sequence[Bundle] = ()) -> int:
+    """How many times all of ``bundles`` find a place, after the others have."""
+    free = [dict(room) for room in rooms]
+    number = 0
+    if all(_place(bundle, free) for bundle in beside):
+        while all(_place(bundle, free) for bundle in bundles):
+            number += 1
+    return number
+
+
+def _place(bundle: Bundle, free: list[dict[str, float]]) -> bool:
+    """Take the bundle from the first node that has it."""
+    place = next((room for room in free if all(room.get(kind, 0) >= n - SLACK for kind, n in bundle.items())), None)
+    if place is None:
+        return False
+    for kind, number in bundle.items():
+        place[kind] = place.get(kind, 0) - number
+    return True
+
+
+def make_room(need: Need, wait_minutes: float | None, *, enough: Sequence[Bundle] | None = None) -> None:
+    """Return when there is room. What others hold, and what an autoscaler may bring, is waited for, with a line a minute.
+
+    :param wait_minutes: None: without end.
+    :param enough: with which the work may begin; None: all that it needs.
+    :raises UserError: at once, where the cluster can never have it. :raises WorkFailed: where it did not come in time.
+    """
+    there = live_nodes()
+    fewest = need if enough is None else Need(need.what, enough)
+    why = _missing(need, [node.total for node in there])
+    if why is not None:
+        most = state.get_max_resources_from_cluster_config()  # None where no autoscaler has told what it may bring
+        if most is None:
+            raise UserError(f"{why}; ask for less or add nodes")
+        for kind in ("CPU", "GPU"):
+            if need.total(kind) > most.get(kind, 0) + SLACK:
+                raise UserError(
+                    f"{need.what} needs {need.total(kind):g} {kind}s, with all nodes that its autoscaler may bring the cluster has "
+                    f"{most.get(kind, 0):g}; ask for less, or raise the autoscaler's limits"
+                )
+        why += "; waiting for the autoscaler"
+    else:
+        why = f"{need.what} waits: others hold what it needs"
+    if not left_over(_reserved(fewest), [node.free for node in there]):
+        return
+    group = placement_group(_reserved(fewest))  # what an autoscaler looks at
+    began, told = time.monotonic(), 0
+    try:
+        while not group.wait(1.0):
+            spent = time.monotonic() - began
+            if wait_minutes is not None and spent > wait_minutes * 60:
+                raise WorkFailed(
+                    f"{why}; it did not come in {duration(spent)} (ray.wait_minutes={wait_minutes:g}); {_what_is_free(need)}"
+                )
+            if spent > SETTLE_S + told * TELL_EVERY_S:
+                told += 1
+                print(f"{_clock()} {why} ({duration(spent)}); {_what_is_free(need)}", file=sys.stderr, flush=True)
+    finally:
+        remove_placement_group(group)
+
+
+def _reserved(need: Need) -> list[dict[str, float]]:
+    """Nothing of ours reserves memory, so that a wrong guess leaves no GPU idle."""
+    return [{kind: n for kind, n in bundle.items() if "memory" not in kind and n} for bundle in need.bundles]
+
+
+def _missing(need: Need, rooms: Sequence[Bundle]) -> str | None:
+    """What of a need these nodes cannot hold, be they free."""
+    for kind in ("CPU", "GPU"):
+        there = sum(room.get(kind, 0) for room in rooms)
+        if need.total(kind) > there + SLACK:
+            return f"{need.what} needs {need.total(kind):g} {kind}s, the cluster has {there:g}"
+    if not (without := left_over(need.bundles, rooms)):
+        return None
+    bundle = without[0]
+    largest = {kind: max((room.get(kind, 0) for room in rooms), default=0) for kind in bundle}
+    return (
+        f"{need.what} needs {_words(bundle)} on one node, {len(need.bundles)} times; the cluster's nodes have room for "
+        f"{len(need.bundles) - len(without)}, the largest has {_words(largest)}"
+    )
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+def _words(bundle: Bundle) -> str:
+    return ", ".join(
+        f"{n / 1e9:.3g} GB of {kind.replace('_', ' ')}" if "memory" in kind else f"{n:g} {kind}s" for kind, n in bundle.items() if n
+    )
+
+
+def _what_is_free(need: Need) -> str:
+    there = live_nodes()
+    return ", ".join(
+        f"{sum(node.free.get(kind, 0) for node in there):g} of {sum(node.total.get(kind, 0) for node in there):g} {kind}s are free"
+        for kind in ("CPU", "GPU")
+        if need.total(kind)
+    )
+
+
+@contextmanager
+def watched(need: Need) -> Iterator[None]:
+    """Say so, while work runs within, when the cluster has lost what it needs: Ray waits for nodes in silence."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        told = 0.0  # when; 0: there is room
+        while not ended.wait(SETTLE_S):
+            missing = _missing(need, [node.total for node in live_nodes()])
+            if missing is None and told:
+                print(f"{_clock()} {need.what}: there is room again", file=sys.stderr, flush=True)
+                told = 0.0
+            elif missing is not None and (not told or time.monotonic() - told > TELL_EVERY_S):
+                print(f"{_clock()} {missing}; waiting for nodes", file=sys.stderr, flush=True)
+                told = time.monotonic()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+# ---- storage ----------------------------------------------------------------------------------------------------------
+
+
+def check_storage(output: str | None, inputs: Mapping[str, str]) -> None:
+    """Every node that may work sees what this process sees, and may write where it writes.
+
+    :param output: a folder of ours with settings.json. :param inputs: key -> file or folder.
+    :raises UserError: which node does not, and what.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    workers = [node for node in live_nodes() if node.id != here and (node.total.get("CPU", 0) or node.total.get("GPU", 0))]
+    mark = read_bytes(join(output, "settings.json")) if output else b""
+    task = ray.remote(num_cpus=0, max_retries=0)(_see_storage)
+    asked = {
+        node.address: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+            output, mark, dict(inputs)
+        )
+        for node in workers
+    }
+    silent = [address for address, answer in asked.items() if not ray.wait([answer], timeout=STORAGE_ANSWER_S)[0]]
+    if silent:
+        raise UserError(f"node {silent[0]} could not look at the storage in {STORAGE_ANSWER_S:.0f} s; does a mount hang there?")
+    for address, answer in asked.items():
+        try:
+            seen = ray.get(answer)
+        except ray.exceptions.RayError as error:  # a node that dies just now is not asked again
+            seen = str(getattr(error, "cause", error)).strip().splitlines()[-1]
+        if seen is not None:
+            raise UserError(
+                f"node {address} {seen}; all nodes must see the same files: mount the folder everywhere, or give s3:// or gs://"
+            )
+
+
+STORAGE_ANSWER_S = 120.0
+
+
+def _see_storage(output: str | None, mark: bytes, inputs: dict[str, str]) -> str | None:
+    """What this node does not see."""
+    try:
+        for key, path in inputs.items():
+            if not exists(path):
+                return f"does not see {key}={mask(path)}"
+        if output is not None:
+            if not exists(join(output, "settings.json")) or read_bytes(join(output, "settings.json")) != mark:
+                return f"does not see output={mask(output)} as the driver does"
+            probe = join(output, f".tmp-{uuid.uuid4().hex}")
+            write_bytes(probe, b"")
+            remove_file(probe)
+    except (UserError, OSError) as error:
+        return f"cannot use the storage: {error}"
+    return None

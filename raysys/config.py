@@ -49,6 +49,8 @@ class RayConfig:
     """Start Ray's dashboard (http://127.0.0.1:8265) with the local cluster; its processes take some per cent of two cores."""
     verbose: bool = False
     """Show Ray's own log lines and progress bars."""
+    wait_minutes: float | None = 30.0
+    """Minutes to wait before the start for room that others hold or an autoscaler may bring; null: without end."""
 
 
 @dataclass

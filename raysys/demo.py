@@ -43,7 +43,7 @@ from raysys.policy.select import filter_annotations
 from raysys.progress import Progress
 from raysys.regions.on_ray import annotate
 from raysys.reporting.html import report
-from raysys.storage import Output, open_output, read_bytes, read_json, settings_of, write_json
+from raysys.storage import Output, mask, open_output, read_bytes, read_json, settings_of, write_json
 from raysys.training.on_ray import train
 
 NO_FILTER = PolicyConfig(name="none", max_text_area=1.0)
@@ -94,8 +94,8 @@ def demo(cfg: DemoConfig) -> None:
     page = report(output.path)
     print(_table(results))
     print(f"demo: {(time.time() - started) / 60:.1f} minutes")
-    print(f"result: {output.path}/results.json")
-    print(f"report: {page}")
+    print(f"result: {mask(output.path)}/results.json")
+    print(f"report: {mask(page)}")
     print("next:   raysys annotate corpus.path=YOUR_SHARDS output=ANNOTATIONS")
 
 

@@ -170,6 +170,8 @@ def load_model(
         how[key] = source.config.setdefault(key, value)
     with ExitStack() as stack:
         stack.enter_context(quiet())
+        if source.config["text_cfg"].get("hf_model_name"):
+            stack.enter_context(_no_code_of_a_model())
         folder = weights = None
         if source.folder:
             local = stack.enter_context(_local_copy(source.folder, weights=pretrained is None))
@@ -178,7 +180,7 @@ def load_model(
                 text_cfg = {"hf_model_name": os.path.join(local, HF_TOWER), "hf_model_pretrained": False}
                 how["text_cfg"] = source.config["text_cfg"] | text_cfg
         name = source.builtin or _register(source.config)
-        tokenizer = _tokenizer(spec, spec if spec.startswith("hf-hub:") else folder or name)
+        tokenizer = _tokenizer(spec, spec if spec.startswith("hf-hub:") else folder or name, source.config["text_cfg"])
         if pretrained is None and folder:
             model = _build(spec, folder, require_pretrained=True, **how)
             weights = os.path.join(folder.removeprefix("local-dir:"), WEIGHTS_FILE)
@@ -319,7 +321,7 @@ def _build(spec: str, name: str, *, pretrained: str | None = None, **how: Any) -
         return open_clip.create_model(name, pretrained, **how)
     except (*_UNREADABLE, *_UNFIT) as error:
         first = " ".join(str(error).split())[:200]
-        weights = f" with the weights of {pretrained}" if pretrained else ""
+        weights = f" with the weights of {mask(pretrained)}" if pretrained else ""
         raise UserError(f"model={mask(spec)}{weights} cannot be built: {first}") from error
 
 
@@ -371,11 +373,13 @@ def _hub_config(spec: str) -> dict[str, Any]:
         raise UserError(f"model={spec} cannot be downloaded ({first}); copy the folder and give model=local-dir:DIR") from error
 
 
-def _tokenizer(spec: str, name: str) -> Any:
+def _tokenizer(spec: str, name: str, text_cfg: dict[str, Any]) -> Any:
+    # a config's tokenizer_kwargs reach transformers, and what is given here stands before them
+    how = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
     why = f"model={mask(spec)}: its tokenizer comes from Hugging Face"
     try:
         with _no_waiting_offline():
-            return open_clip.get_tokenizer(name)
+            return open_clip.get_tokenizer(name, **how)
     except ImportError as error:
         raise UserError(f"{why}; pip install 'raysys[hf]'") from error
     except (RuntimeError, OSError, AssertionError, ValueError) as error:
@@ -415,6 +419,22 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _no_code_of_a_model() -> Iterator[None]:
+    """At a terminal transformers asks whether Python files beside a model may run; here the answer is no."""
+    try:
+        from transformers import dynamic_module_utils
+    except ImportError:  # open_clip says so
+        yield
+        return
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def test_of_racing_writers_exactly_one_is_first(bucket: str) -> None:
 
 def test_a_conflict_with_a_request_under_way_is_asked_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """AWS answers 409 then; moto never does."""
-    fs = open_fs(bucket)[0]
+    fs = open_fs(bucket)[0].below
     pipe_file, conflicts = fs.pipe_file, [OSError(5, "ConditionalRequestConflict")]
     monkeypatch.setattr(fs, "pipe_file", lambda *a, **k: _raise(conflicts.pop()) if conflicts else pipe_file(*a, **k))
     assert write_new(f"{bucket}/a", b"1") and not conflicts
@@ -403,7 +403,7 @@ def other_storage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[pyt
     s3fs = fsspec.get_filesystem_class("s3")
     s3fs.clear_instance_cache()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(s3fs, "retries", 1)
+    monkeypatch.setattr(storage, "RETRY_S", 0)
     yield monkeypatch
     s3fs.clear_instance_cache()
 
@@ -480,6 +480,13 @@ class _CreatesOnce(http.server.BaseHTTPRequestHandler):
         self.names.add(name)
         self.end_headers()
         self.wfile.write(b'{"size": "1", "error": {"code": 412, "message": "conditionNotMet"}}')
+
+    def do_GET(self) -> None:
+        """Who was refused looks whether what is there is its own."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1")
+        self.end_headers()
+        self.wfile.write(b"1")
 
 
 def test_write_new_on_gcs_is_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import ray
 from raysys.attack.drawing import Font, check_characters, read_fonts
 from raysys.attack.layouts import PARTS_FOLDER, Job, Row, from_parquet, target_names, to_parquet, units_of, write_lists, write_unit
 from raysys.attack.written import CONFUSIONS, NEAREST, RANDOM, choose_written, nearest_classes
-from raysys.cluster import num_cpus, ray_session, require
+from raysys.cluster import Need, check_storage, make_room, num_cpus, ray_session, watched
 from raysys.config import AttackConfig, AttackSettings
 from raysys.evaluation.class_sets import ATTACK_FILE, ClassSet, read_class_set
 from raysys.progress import Progress
@@ -65,8 +65,11 @@ def attack(cfg: AttackConfig) -> str:
         classes = [nearest[label] if w is None else w for label, w in zip(clean.labels, written, strict=True)]
         units = units_of(clean, classes)
         with ray_session(cfg.ray):
-            require("attack", cpus=1)
-            rows = _draw(units, clean.layout, output, cfg.attack, fonts, at_once=cfg.num_actors or num_cpus())
+            need = Need("attack", [{"CPU": 1}])
+            make_room(need, cfg.ray.wait_minutes)
+            check_storage(output.path, {"imagenet.path": str(cfg.imagenet.path)})
+            with watched(need):
+                rows = _draw(units, clean.layout, output, cfg.attack, fonts, at_once=cfg.num_actors or num_cpus())
         write_lists(clean, output.path)
         write_bytes(output.join(ATTACK_FILE), to_parquet(rows))
         _finish(output, cfg.attack, clean, rows, fonts, num_nearest=len(nearest))

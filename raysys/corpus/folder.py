@@ -114,7 +114,7 @@ def json_rows(file: BinaryIO) -> Iterator[_Row]:
             continue
         try:
             row = json.loads(line.decode("utf-8-sig", errors="surrogateescape"))
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         image = _field(IMAGE_FIELDS, row) if isinstance(row, dict) else None
         if image is None or not isinstance(row[image], str) or not row[image]:

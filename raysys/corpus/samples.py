@@ -13,7 +13,7 @@ DUPLICATE_KEY = "duplicate_key"
 SAMPLE_REASONS = {
     UNSAFE_NAME: "its name is absolute or climbs out of its folder (..)",
     CAPTION_NOT_UTF8: "no caption of it is valid UTF-8",
-    BAD_RECORD: "its line of the captions file cannot be read",
+    BAD_RECORD: "its line of the captions file cannot be read, or its .txt or .json has more than 16 MB",
     DUPLICATE_KEY: "an earlier sample of the shard has the same key",
 }
 """Why a sample is not used although its picture may be good."""

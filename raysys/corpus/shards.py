@@ -7,7 +7,7 @@ shard) and its pictures. The formats stand in :mod:`tars`, :mod:`parquet` and :m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from glob import has_magic
 from types import ModuleType
@@ -83,6 +83,22 @@ def refuse_output_in_corpus(word: str, output: str, corpus: CorpusConfig) -> Non
                 f"{word}={mask(output)} lies in the corpus {mask(path)}, and its files would be taken for shards; "
                 f"give a folder elsewhere, or name the shards with a glob ({mask(path).rstrip('/')}/*.tar)"
             )
+
+
+def first_shards(roots: dict[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Key of the words -> path of a shard of that source: who sees it sees the source.
+
+    :param names: of all shards.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        source = "" if "" in roots else unquote(name).split("/")[0]
+        key = f"corpus.sources.{source}.path" if source else "corpus.path"
+        if key not in first:
+            first[key] = shard_path(roots, name)
+            if len(first) == len(roots):
+                break
+    return first
 
 
 def shard_path(roots: dict[str, str], name: str) -> str:

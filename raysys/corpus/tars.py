@@ -15,14 +15,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from raysys.corpus.samples import UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
+from raysys.corpus.samples import BAD_RECORD, UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
 from raysys.storage import UserError, mask, named_errors, open_fs, reading
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_GAP_BYTES = 64 << 10
 """Between two pictures that are read at once: headers, captions and up to three dropped samples of a usual 20 KB. On an object store, where a
 request waits 30 ms, more would be faster for one reader; but readers are many and share what the network carries."""
-_READ = (*IMAGE_SUFFIXES, "txt", "json")
+MAX_TEXT_BYTES = 16 << 20
+"""Of a .txt or .json member; as in captions files. A longer one would only fill the memory."""
+_TEXTS = ("txt", "json")
 
 
 @dataclass
@@ -137,7 +139,7 @@ def sample_groups(file: BinaryIO, *, end: int | None, read: bool) -> Iterator[Sa
                     yield group
                 group = SampleGroup(key, member.offset)
             data = b""
-            if read and suffix in _READ:
+            if read and (suffix in IMAGE_SUFFIXES or (suffix in _TEXTS and member.size <= MAX_TEXT_BYTES)):
                 content = tar.extractfile(member)
                 assert content is not None  # a regular file has content
                 data = content.read()
@@ -198,6 +200,8 @@ def _sample(index: int, group: SampleGroup) -> Sample:
     info = metadata_of(metadata)
     captions, error = clean_captions(_captions(info, group))
     uid = as_uid(info.get("uid")) or as_uid(os.path.basename(group.key))
+    if any(group.members[suffix][2] > MAX_TEXT_BYTES for suffix in _TEXTS if suffix in group.members):
+        error = BAD_RECORD
     error = UNSAFE_NAME if group.unsafe else error
     return Sample(index, group.key, data, offset, size, captions, metadata, uid, error)
 
@@ -206,7 +210,7 @@ def metadata_of(data: bytes) -> dict[str, object]:
     """A .json member; nothing where it is none."""
     try:
         info = json.loads(data) if data else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # metadata of a crawler; the caption may still stand in the .txt
     return info if isinstance(info, dict) else {}
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from raysys.config import ClassSetConfig
 from raysys.corpus import tars
 from raysys.corpus.parquet import Columns, read_columns
-from raysys.corpus.samples import DamagedShard, printable
+from raysys.corpus.samples import SAMPLE_REASONS, UNSAFE_NAME, DamagedShard, printable
 from raysys.evaluation.pictures import PICTURE_SUFFIXES, Picture
 from raysys.storage import (
     UserError,
@@ -397,6 +397,8 @@ def _labelled_samples(path: str) -> Iterator[tuple[str, int, int, str]]:
                 lacks = "picture" if suffix is None else "" if "cls" in group.members else "label (.cls)"
                 if suffix is None or lacks:
                     raise UserError(f"{mask(path)}: sample {group.key} has no {lacks}; mend it or take it out")
+                if group.unsafe:
+                    raise UserError(f"{mask(path)}: sample {group.key}: {SAMPLE_REASONS[UNSAFE_NAME]}")
                 _, offset, size = group.members["cls"]
                 file.seek(offset)
                 label = file.read(size).decode("utf-8", errors="replace").strip()

@@ -6,8 +6,11 @@ In: :class:`EvaluateConfig`; weights of a training. Out: E/{results, predictions
 
 from __future__ import annotations
 
+import sys
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +19,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysys.cluster import ray_session, require
+from raysys.cluster import SLACK, Need, check_storage, live_nodes, make_room, ray_session, settled_nodes
 from raysys.config import EVALUATORS, EvaluateConfig, ModelConfig, QuestionsConfig, ServiceConfig
 from raysys.evaluation.evaluator import Embeddings, Evaluator, SetConfig, SetResult, read_set
 from raysys.evaluation.results import lines, read_results, result_file, write_comparison, write_result
@@ -135,15 +138,25 @@ class EvaluatorPool:
     def done(self, asked: Asked) -> dict[str, tuple[int, int]]:
         """Unit -> done and total, over all actors."""
         together: dict[str, tuple[int, int]] = {}
-        for of_actor in ray.get([actor.done.remote(asked.question, asked.name) for actor in self._actors]):
+        calls = [actor.done.remote(asked.question, asked.name) for actor in self._actors]
+        for of_actor in self._answers(calls, timeout_s=1.0):
             for unit, (done, total) in of_actor.items():
                 together[unit] = together.get(unit, (0, 0))[0] + done, total
         return together
 
     def num_decoded(self) -> dict[str, int]:
         """Set -> pictures that were decoded; those that lay decoded on disk don't count."""
-        of_actors = ray.get([actor.decoded.remote() for actor in self._actors])
+        of_actors = self._answers([actor.decoded.remote() for actor in self._actors], timeout_s=10.0)
         return {name: sum(decoded.get(name, 0) for decoded in of_actors) for name in self._names}
+
+    @staticmethod
+    def _answers(calls: list[Any], *, timeout_s: float) -> list[Any]:
+        """Of those actors that live; one that starts again does not answer."""
+        answers = []
+        for call in ray.wait(calls, num_returns=len(calls), timeout=timeout_s)[0]:
+            with suppress(ray.exceptions.RayActorError):
+                answers.append(ray.get(call))
+        return answers
 
     def close(self) -> None:
         for actor in self._actors:
@@ -166,32 +179,40 @@ def num_actors_beside(service: ServiceConfig) -> int:
     return service.num_actors or 1
 
 
-def _whole_cluster(service: ServiceConfig) -> list[dict[str, Any]]:
-    """Ray's options of actors that take every GPU share, or without GPUs every CPU.
+def bundles_beside(service: ServiceConfig) -> list[dict[str, float]]:
+    """What the actors of :func:`pool_beside` take."""
+    return [{"CPU": cpus_beside(service), "GPU": service.num_gpus_per_actor}] * num_actors_beside(service)
+
+
+def _whole_cluster(service: ServiceConfig, wait_minutes: float | None) -> list[dict[str, Any]]:
+    """Ray's options of actors that take every GPU share that is free, or without GPUs every free CPU.
 
     :raises UserError: where ``service`` asks for more than there is.
     """
     share, asked = service.num_gpus_per_actor, service.num_actors
-    require("service", cpus=max(asked, 1), gpus=max(asked, 1) * share)
-    room: list[tuple[str, int, int]] = []  # node, its CPUs, actors that fit
-    for node in ray.nodes():
-        cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-        fit = cpus if not share else int(gpus / share) if share >= 1 else gpus * int(1 / share)
-        if node["Alive"] and min(cpus, fit) > 0:
-            room.append((node["NodeID"], cpus, min(cpus, fit)))
-    most = sum(fit for _, _, fit in room)
-    num = asked or (most if share else len(room))
-    if num > most or num == 0:
-        raise UserError(f"service.num_actors={num} with service.num_gpus_per_actor={share:g}: no more than {most} fit on the nodes")
-    of_node = dict.fromkeys((node for node, _, _ in room), 0)
+    one = [{"CPU": 1.0, "GPU": share}]
+    make_room(Need(f"evaluate with {max(asked, 1)} evaluators", one * max(asked, 1)), wait_minutes)
+    cpus: dict[str, int] = {}
+    fit: dict[str, int] = {}
+    for node in settled_nodes():
+        free, gpus = int(node.free.get("CPU", 0) + SLACK), node.free.get("GPU", 0) + SLACK
+        here = min(free, int(gpus / share) if share >= 1 else int(gpus) * int(1 / share)) if share else free
+        if here > 0:
+            cpus[node.id], fit[node.id] = free, here
+    num = asked or (sum(fit.values()) if share else len(fit))
+    actors = dict.fromkeys(fit, 0)
     for _ in range(num):  # each where most is free
-        node = max(room, key=lambda place: (place[2] - of_node[place[0]]) / place[2])[0]
-        of_node[node] += 1
-    slots: list[dict[str, Any]] = []
-    for node, cpus, _ in room:
-        where = NodeAffinitySchedulingStrategy(node, soft=True)  # if its node dies, elsewhere
-        slots += [{"num_cpus": cpus // of_node[node], "num_gpus": share, "scheduling_strategy": where}] * of_node[node]
-    return slots
+        actors[max(fit, key=lambda node_id: (fit[node_id] - actors[node_id]) / fit[node_id])] += 1
+    return [
+        # if its node dies, elsewhere
+        {
+            "num_cpus": cpus[node_id] // number,
+            "num_gpus": share,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
+        }
+        for node_id, number in actors.items()
+        for _ in range(number)
+    ]
 
 
 # ---- the verb ---------------------------------------------------------------------------------------------------------
@@ -230,12 +251,22 @@ def evaluate(cfg: EvaluateConfig) -> str:
         try:
             if any(todo.values()):
                 with ray_session(cfg.ray):
-                    slots = _whole_cluster(cfg.service)
-                    pool = EvaluatorPool(sets, cfg.service, slots, threads=min(slot["num_cpus"] for slot in slots))
-                    for name, result in _ask(pool, models, todo):
-                        write_result(output, name, models[name], cfg.service, result, fingerprints[result.evaluator])
-                    num_decoded = pool.num_decoded()
-                    pool.close()
+                    check_storage(None, inputs_of(sets))
+                    for model in models.values():
+                        check_storage(None, files_of(model.model, model.pretrained))
+                    while any(todo.values()):
+                        slots = _whole_cluster(cfg.service, cfg.ray.wait_minutes)
+                        pool = EvaluatorPool(sets, cfg.service, slots, threads=min(slot["num_cpus"] for slot in slots))
+                        try:
+                            for name, result in _ask(pool, models, todo, _nodes_of(slots)):
+                                write_result(output, name, models[name], cfg.service, result, fingerprints[result.evaluator])
+                                todo[name].remove(result.evaluator)
+                            num_decoded = pool.num_decoded()
+                        except _NodeLost as lost:
+                            print(
+                                f"evaluate: node {lost} is gone; what is not answered is asked again", file=sys.stderr, flush=True
+                            )
+                        pool.close()
         except UserError:
             if not list_names(output.join("results")):
                 output.forget()  # other words may mend it, and would be refused here
@@ -262,13 +293,40 @@ def _refuse_changed(
                     raise UserError(f"{mask(file)} is of another state of the set {evaluator}; give a new folder")
 
 
+def inputs_of(sets: dict[str, SetConfig]) -> dict[str, str]:
+    """Key of the words -> what every node must see."""
+    return {f"{name}.path": str(a_set.path) for name, a_set in sets.items()}
+
+
+def files_of(model: str, pretrained: str | None) -> dict[str, str]:
+    """Key of the words -> file or folder, where a model and its weights are such."""
+    words = zip(("model", "pretrained"), portable(model, pretrained), strict=True)
+    paths = {key: word.removeprefix("local-dir:") for key, word in words if word is not None}
+    return {key: path for key, path in paths.items() if exists(path)}
+
+
 def models_of(cfg: EvaluateConfig) -> dict[str, ModelConfig]:
     """Name in file names -> model."""
     return cfg.models or {model_name(cfg.model): ModelConfig(cfg.model, cfg.pretrained)}  # type: ignore[arg-type]  # check(): one is given
 
 
-def _ask(pool: EvaluatorPool, models: dict[str, ModelConfig], todo: dict[str, list[str]]) -> Iterator[tuple[str, SetResult]]:
-    """All questions are put at once, so that no device waits for another; answers with the model's name, in order."""
+class _NodeLost(Exception):
+    """A node with evaluators has died; its argument is the address."""
+
+
+def _nodes_of(slots: list[dict[str, Any]]) -> dict[str, str]:
+    """Nodes with evaluators -> addresses."""
+    used = {slot["scheduling_strategy"].node_id for slot in slots}
+    return {node.id: node.address for node in live_nodes() if node.id in used}
+
+
+def _ask(
+    pool: EvaluatorPool, models: dict[str, ModelConfig], todo: dict[str, list[str]], used: dict[str, str]
+) -> Iterator[tuple[str, SetResult]]:
+    """All questions are put at once, so that no device waits for another; answers with the model's name, in order.
+
+    :raises _NodeLost: one of ``used``: its share would wait for another node with room, which may never come.
+    """
     asked = [
         (name, one)
         for name, sets in todo.items()
@@ -278,7 +336,7 @@ def _ask(pool: EvaluatorPool, models: dict[str, ModelConfig], todo: dict[str, li
     for name, one in asked:
         label = one.name if len(models) == 1 else f"{name}, {one.name}"
         try:
-            _show(pool, one, label)
+            _show(pool, one, label, used)
             yield name, ray.get(one.result)
         except ray.exceptions.RayActorError as error:
             raise WorkFailed(
@@ -286,12 +344,17 @@ def _ask(pool: EvaluatorPool, models: dict[str, ModelConfig], todo: dict[str, li
             ) from error
 
 
-def _show(pool: EvaluatorPool, asked: Asked, label: str) -> None:
-    """A line of progress for each unit, until the answer is there."""
+def _show(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str]) -> None:
+    """A line of progress for each unit, until the answer is there. :raises _NodeLost: where it may never come."""
     shown: dict[str, Progress] = {}
-    there = False
+    there, look = False, time.monotonic()
     while not there:
         there = bool(ray.wait([asked.result], timeout=0.5)[0])
+        if not there and time.monotonic() > look:
+            look = time.monotonic() + 5.0
+            lost = used.keys() - {node.id for node in live_nodes()}
+            if lost:
+                raise _NodeLost(used[min(lost)])
         for unit, (done, total) in pool.done(asked).items():
             if unit not in shown:
                 for before in shown.values():

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from raysys.corpus.parquet import row_group_images
-from raysys.storage import UserError, mask, open_fs, read_bytes
+from raysys.storage import StorageDown, UserError, mask, open_fs, read_bytes
 
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp")
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, Image.DecompressionBombError)
@@ -67,6 +67,8 @@ def open_picture(picture: Picture) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(picture.read()))
         image.load()
+    except StorageDown:
+        raise
     except _BROKEN as error:
         why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         where = picture.path if picture.offset < 0 and picture.row_group < 0 else f"{picture.path}: {picture.name}"

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysys.config import CorpusConfig, PolicyConfig, SourceConfig
+from raysys.corpus.prefetch import prefetch
 from raysys.corpus.samples import DUPLICATE_KEY, Part, Plan
 from raysys.corpus.shards import Corpus, Shard, shard_path
 from raysys.storage import (
@@ -42,6 +43,7 @@ from raysys.storage import (
     reading,
     remove_folder,
     require_finished,
+    resolved,
     write_new_json,
     writing,
 )
@@ -163,9 +165,8 @@ def _head(metadata: dict[bytes, bytes]) -> Head:
 
 
 def read_heads(paths: list[str]) -> Iterator[Head]:
-    """Heads of many files, in order."""
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        yield from pool.map(read_head, paths)
+    """Heads of many files, in order; few are in memory, however many files there are."""
+    return prefetch(paths, read_head, threads=REQUESTS, ahead=2 * REQUESTS)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ def open_annotations(path: str) -> Annotations:
     """:raises UserError: where the folder is missing, foreign or unfinished."""
     path = absolute(path)
     require_finished(path, "annotate")
-    head = read_json(join(path, "settings.json"))
+    head = resolved(read_json(join(path, "settings.json")))
     names = sorted(f.removesuffix(".parquet") for f in list_names(join(path, "shards")) if f.endswith(".parquet"))
     settings = head["settings"]
     sources = {name: SourceConfig(**source) for name, source in settings["corpus"].get("sources", {}).items()}

@@ -16,10 +16,10 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy
 
-from raysys.cluster import num_cpus, ray_session, require
-from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig
+from raysys.cluster import Need, check_storage, make_room, num_that_fit, on_this_node, ray_session, settled_nodes, watched
+from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig, RayConfig
 from raysys.corpus.samples import Plan
-from raysys.corpus.shards import Corpus, Shard, absolute_corpus, open_corpus, plan_parts, refuse_output_in_corpus
+from raysys.corpus.shards import Corpus, Shard, absolute_corpus, first_shards, open_corpus, plan_parts, refuse_output_in_corpus
 from raysys.progress import Progress
 from raysys.regions.annotations import AnnotationFiles, Counts, Head, read_heads
 from raysys.regions.annotator import Annotator
@@ -28,7 +28,12 @@ from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, 
 from raysys.storage import (
     Output,
     UserError,
+    WorkFailed,
+    as_written,
+    explained,
     find_files,
+    fingerprint,
+    is_final,
     join,
     list_names,
     mask,
@@ -42,6 +47,8 @@ from raysys.storage import (
 
 WAVE = 10_000
 """Units that Ray Data gets at once: it takes 1 ms to create one before the first starts, so a million would wait a quarter of an hour."""
+ACTOR_BYTES = 6e8
+"""What an OCR actor takes at least: its networks and a picture (measured with ``ocr=default``: @@)."""
 CLOCK_SLACK_S = 60.0
 """A shard modified less than this before its annotations were written is compared by its footer: clocks differ."""
 
@@ -93,11 +100,21 @@ class UnitAnnotator:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(self._annotator, UserError):
-            return {"result": "", "refused": str(self._annotator)}
+            return _row(refused=str(self._annotator))
         if isinstance(self._annotator, Exception):
             raise self._annotator
-        result = annotate_unit(Unit.from_json(row["unit"]), self._annotator, self._files, self._tally.add.remote)
-        return {"result": result.to_json(), "refused": ""}
+        try:
+            result = annotate_unit(Unit.from_json(row["unit"]), self._annotator, self._files, self._tally.add.remote)
+        except OSError as error:  # what is raised reaches the driver as Ray's error, without its cause
+            if not is_final(error):
+                raise
+            return _row(ended=str(explained(error)))
+        return _row(result=result.to_json())
+
+
+def _row(*, result: str = "", refused: str = "", ended: str = "") -> dict[str, Any]:
+    """What an actor answers: a result, or what ends the call: a :class:`UserError`, a :class:`WorkFailed`."""
+    return {"result": result, "refused": refused, "ended": ended}
 
 
 def annotate(cfg: AnnotateConfig) -> None:
@@ -105,7 +122,7 @@ def annotate(cfg: AnnotateConfig) -> None:
     corpus = open_corpus(cfg.corpus)
     models = find_models(cfg.ocr)
     settings = settings_of(cfg) | {"models": models.sha256()}
-    settings["corpus"] = asdict(absolute_corpus(cfg.corpus)) | {"roots": corpus.roots}
+    settings["corpus"] = asdict(absolute_corpus(cfg.corpus)) | {"roots": corpus.roots, "roots_mark": fingerprint(corpus.roots)}
     pool = {key: settings["ocr"].pop(key) for key in POOL_KEYS}
     output = open_output(cfg.output, "annotate", settings | {"pool": pool}, not_in_fingerprint=("pool", "corpus"))
     files = AnnotationFiles(output.path, output.fingerprint)
@@ -116,7 +133,8 @@ def annotate(cfg: AnnotateConfig) -> None:
     if todo:
         remove_file(output.join("manifest.json"))  # of an earlier call, before the corpus grew or changed
         with ray_session(cfg.ray):
-            done = _annotate_shards(cfg.ocr, todo, files)
+            check_storage(output.path, first_shards(corpus.roots, (shard.name for shard in corpus.shards)))
+            done = _annotate_shards(cfg.ocr, todo, files, cfg.ray)
     if todo or not _is_counted(output):
         output.finish(counts_of(files, done))
         remove_folder(output.join("_parts"))
@@ -124,30 +142,44 @@ def annotate(cfg: AnnotateConfig) -> None:
     _print_summary(output)
 
 
-def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles) -> Done:
+def _bundle(ocr: OcrConfig) -> dict[str, float]:
+    """An actor beside the CPUs that decode for its GPU."""
+    gpus = ocr.num_gpus_per_actor
+    return {"CPU": ocr.decode_threads if gpus else 1, "GPU": gpus, "memory": ACTOR_BYTES}
+
+
+def _find_room(ocr: OcrConfig, cfg: RayConfig) -> int:
+    """OCR actors; as many as were asked for, or have room now."""
+    one = [_bundle(ocr)]
+    asked = ocr.num_actors or 1
+    make_room(Need(f"annotate with {asked} OCR actors", one * asked), cfg.wait_minutes, enough=one)
+    fit = num_that_fit(one, [node.free for node in settled_nodes()])
+    if fit < asked:
+        print(f"annotate: {fit} of {asked} OCR actors have room now, the others begin when there is more", flush=True)
+    return ocr.num_actors or max(fit, 1)
+
+
+def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles, cfg: RayConfig) -> Done:
     """:returns: the shards that this call finished. :raises UserError: at the end, where storage would not give one."""
-    actors = ocr.num_actors or num_cpus()
-    require(f"annotate with {actors} OCR actors", cpus=actors, gpus=actors * ocr.num_gpus_per_actor)
+    actors = _find_room(ocr, cfg)
     limit = unit_bytes(shards, actors=actors, unit_mb=ocr.unit_mb)
     plans = _cut(large_shards(shards, limit), files, limit)
     units = plan_units(shards, plans, files, limit)
-    tally = ray.remote(num_cpus=0, max_restarts=-1)(Tally).remote()
+    tally = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
     done = Done()
     failed: dict[str, str] = {}
-    try:
-        with _progress(shards, tally) as finished:
-            while wave := list(itertools.islice(units, WAVE)):
-                for row in _pool(wave, min(actors, len(wave)), ocr, files, tally):
-                    if row["refused"]:
-                        raise UserError(row["refused"])
-                    result = UnitResult.from_json(row["result"])
-                    for name, head in result.done.items():
-                        done.add(name, head)
-                    failed |= result.failed
-                    finished(result)
-    except OSError as error:
-        cause = getattr(error, "cause", error)  # Ray wraps an error of an actor; its own text holds a traceback
-        raise UserError(f"{mask(files.folder)}: {cause}; mend it and run the same words again, what is done stays done") from error
+    with watched(Need("annotate", [_bundle(ocr)])), _progress(shards, tally) as finished:
+        while wave := list(itertools.islice(units, WAVE)):
+            for row in _pool(wave, min(actors, len(wave)), ocr, files, tally):
+                if row["refused"]:
+                    raise UserError(row["refused"])
+                if row["ended"]:
+                    raise WorkFailed(row["ended"])
+                result = UnitResult.from_json(row["result"])
+                for name, head in result.done.items():
+                    done.add(name, head)
+                failed |= result.failed
+                finished(result)
     if failed:
         name, why = min(failed.items())
         raise UserError(f"{len(failed)} of {len(shards)} shards could not be read, the others are annotated; {name}: {why}")
@@ -165,7 +197,7 @@ def _pool(wave: list[Unit], actors: int, ocr: OcrConfig, files: AnnotationFiles,
             compute=ActorPoolStrategy(
                 size=actors, max_tasks_in_flight_per_actor=2, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
             ),
-            num_cpus=1,
+            num_cpus=_bundle(ocr)["CPU"],
             num_gpus=ocr.num_gpus_per_actor,
         )
         .iter_rows()
@@ -177,14 +209,21 @@ def _cut(shards: list[Shard], files: AnnotationFiles, limit: int) -> dict[str, P
 
     def cut(row: dict[str, Any]) -> dict[str, Any]:
         [shard] = Unit.from_json(row["unit"]).shards
-        files.save_plan(shard, plan_parts(shard.path, limit))
-        return row
+        try:
+            files.save_plan(shard, plan_parts(shard.path, limit))
+        except OSError as error:
+            if not is_final(error):
+                raise
+            return _row(ended=str(explained(error)))
+        return _row()
 
     plans = files.plans(shards)
     new = [shard for shard in shards if shard.name not in plans]
     for first in range(0, len(new), WAVE):
         rows = [{"unit": Unit([shard]).to_json()} for shard in new[first : first + WAVE]]
-        ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut).materialize()
+        for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut).iter_rows():
+            if row["ended"]:
+                raise WorkFailed(row["ended"])
     return plans | files.plans(new)  # one that changed just now has none and is read whole
 
 
@@ -200,8 +239,9 @@ def shards_to_do(corpus: Corpus, output: Output) -> tuple[list[Shard], list[Shar
     except UserError:
         return corpus.shards, []  # nothing is there yet
     done = {file.path.removesuffix(".parquet"): file.modified for file in written}
-    then = read_json(output.join("settings.json"))["settings"]["corpus"]["roots"]
-    moved = then != corpus.roots
+    corpus_then = read_json(output.join("settings.json"))["settings"]["corpus"]
+    then = corpus_then["roots"]
+    moved = corpus_then.get("roots_mark", fingerprint(then)) != fingerprint(corpus.roots)
     doubtful = [s for s in corpus.shards if s.name in done and (moved or s.modified > done[s.name] - CLOCK_SLACK_S)]
     heads = read_heads([output.join("shards", f"{shard.name}.parquet") for shard in doubtful])
     changed = [shard for shard, head in zip(doubtful, heads, strict=True) if head.identity != shard.identity]
@@ -217,8 +257,8 @@ def shards_to_do(corpus: Corpus, output: Output) -> tuple[list[Shard], list[Shar
 def _remember_where_it_lies(words: dict[str, Any], output: Output) -> None:
     """Where a corpus moved, the next verbs must look for it there."""
     saved = read_json(output.join("settings.json"))
-    if saved["settings"]["corpus"]["roots"] != words["roots"]:
-        saved["settings"]["corpus"] = words
+    if saved["settings"]["corpus"].get("roots_mark") != words["roots_mark"]:
+        saved["settings"] |= as_written({"corpus": words})
         write_json(output.join("settings.json"), saved)
 
 
@@ -272,10 +312,7 @@ def _progress(shards: list[Shard], tally: Any) -> Iterator[Any]:
 
     def show() -> None:
         while not ended.wait(progress.every_s):
-            try:
-                seen, seen_bytes = ray.get(tally.read.remote())
-            except ray.exceptions.RayError:
-                continue  # its node died; it begins anew on another
+            seen, seen_bytes = ray.get(tally.read.remote())
             errors = sum(seen.errors.values())
             note = f"text in {seen.with_text / seen.samples:.1%}, {errors} errors" if seen.samples else "actors are starting"
             share = max(done_bytes, min(seen_bytes, int(0.99 * total_bytes))) / total_bytes
@@ -304,6 +341,6 @@ def _print_summary(output: Output) -> None:
     for name, reason in damaged[:MOST_DAMAGED]:
         print(f"annotate: shard {name} is damaged, its good part is kept: {reason}")
     if len(damaged) > MOST_DAMAGED:
-        print(f"annotate: and {len(damaged) - MOST_DAMAGED} more damaged shards; {output.join('manifest.json')} names them")
-    print(f"result: {output.path}")
-    print(f"next:   raysys filter annotations={output.path} policy=paper output=SELECTION")
+        print(f"annotate: and {len(damaged) - MOST_DAMAGED} more damaged shards; {mask(output.join('manifest.json'))} names them")
+    print(f"result: {mask(output.path)}")
+    print(f"next:   raysys filter annotations={mask(output.path)} policy=paper output=SELECTION")

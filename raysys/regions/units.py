@@ -5,7 +5,6 @@ A unit may be done twice (an actor died, a driver was killed): what it leaves is
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +16,12 @@ from raysys.corpus.samples import DamagedShard, Part, Plan, Sample
 from raysys.corpus.shards import Shard, iter_samples
 from raysys.regions.annotations import SCHEMA, AnnotationFiles, Counts, Head
 from raysys.regions.annotator import Annotator, Look
-from raysys.storage import UserError, identity, mask
+from raysys.storage import UserError, identity, is_final, mask
 
 UNITS_PER_ACTOR = 8
 """So many units each at least, so that actors end about together."""
 SMALLEST_UNIT_BYTES = 4 << 20
 """Some hundred pictures: seconds of work, against Ray's 8 ms a unit."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # where the output lies
 MOST_SHARDS = 64
 """Of a unit: ten thousand units wait in the driver at a time."""
 REPORT_EVERY_S = 1.0
@@ -121,7 +119,7 @@ def annotate_unit(unit: Unit, annotator: Annotator, files: AnnotationFiles, repo
         try:
             head = _annotate(shard, unit, annotator, files, report)
         except (ChangedShard, OSError) as error:
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if is_final(error):
                 raise  # every other shard would fail too
             result.failed[shard.name] = " ".join(str(error).split()) or type(error).__name__
             continue

@@ -43,6 +43,7 @@ from raysys.storage import (
     open_fs,
     read_bytes,
     read_json,
+    resolved,
     write_bytes,
 )
 from raysys.training.metrics import read_metrics
@@ -150,7 +151,7 @@ def sample_picture(row: dict[str, Any], roots: dict[str, str]) -> Picture:
         regions.append(Region(" ".join(f"{x:.4f},{y:.4f}" for x, y in corners), label))
 
     def data() -> bytes:
-        shard = shard_path(roots, row["shard"])
+        shard = shard_path(resolved(roots), row["shard"])
         if row["identity"] and row["identity"] != identity(shard):
             raise ValueError("its shard has changed since it was annotated")
         if shard.endswith(".tar") and row["offset"] < 0:
@@ -241,7 +242,7 @@ def filter_sections(folder: Folder, annotations: str | None = None) -> list[Sect
         counts.tables = [Table(["reason", "samples", "share"], shares(reasons, total))]
         counts.plots = [plots.bars("Samples by reason", reasons)]
     selection, note = read_rows(join(folder.path, "selection"), ["shard", "index", "keep", "reason"])
-    source = annotations or folder.settings.get("annotations") or ""
+    source = annotations or resolved(folder.settings.get("annotations")) or ""
     seen, seen_note = read_rows(join(source, "shards"), ANNOTATION_COLUMNS)
     pictures = Section("Kept and dropped pictures, borderline ones first", [n for n in dict.fromkeys((note, seen_note)) if n])
     if selection is None or seen is None:
@@ -440,7 +441,7 @@ def spread(column: str, values: list[Any]) -> str:
 
 
 def evaluate_sections(folder: Folder) -> list[Section]:
-    attack = (folder.settings.get("imagenet_attr") or {}).get("path")
+    attack = resolved((folder.settings.get("imagenet_attr") or {}).get("path"))
     return results_sections(folder) + ([attacked_section(attack, folder)] if attack else [])
 
 
@@ -494,7 +495,12 @@ def made_with(folder: Folder) -> Section:
     )
     rows = [[k.replace("_", " "), v if isinstance(v, str | int | float | None) else json.dumps(v)] for k, v in facts.items()]
     settings = json.dumps(folder.settings, indent=2, ensure_ascii=False)
-    return Section("How it was made", tables=[Table(["", ""], rows)] if rows else [], text=mask(settings))
+    return Section("How it was made", tables=[Table(["", ""], rows)] if rows else [], text=settings)
+
+
+def _masked(value: Any) -> Any:
+    """Everything that a page shows, but for what is markup already."""
+    return mask(value) if type(value) is str else value
 
 
 def show(value: Any) -> str:
@@ -510,11 +516,11 @@ def report(path: str) -> str:
     sections = [*SECTIONS[folder.verb](folder), made_with(folder)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raysys.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined, finalize=_masked,
     )  # fmt: skip
     environment.filters["show"] = show
     page = environment.get_template("page.html.j2").render(
-        folder=folder, place=mask(folder.path), sections=sections, nonce=secrets.token_urlsafe(16)
+        folder=folder, place=folder.path, sections=sections, nonce=secrets.token_urlsafe(16)
     )
     target = join(folder.path, "report.html")
     write_bytes(target, page.encode())

@@ -26,17 +26,29 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysys.cluster import num_cpus, ray_session, require
+from raysys.cluster import (
+    Need,
+    check_storage,
+    make_room,
+    num_cpus,
+    num_that_fit,
+    on_this_node,
+    only_here,
+    ray_session,
+    settled_nodes,
+    watched,
+)
 from raysys.config import AshaConfig, SweepConfig, TrainConfig
-from raysys.corpus.shards import open_corpus
+from raysys.corpus.shards import first_shards, open_corpus
 from raysys.evaluation.evaluator import SetConfig
 from raysys.evaluation.metrics import PRIMARY
-from raysys.evaluation.on_ray import EvaluatorPool, Spec, cpus_beside, evaluator_sets, num_actors_beside, pool_beside
+from raysys.evaluation.on_ray import EvaluatorPool, Spec, bundles_beside, cpus_beside, evaluator_sets, inputs_of, pool_beside
 from raysys.progress import Progress, duration
 from raysys.storage import (
     Output,
     UserError,
     WorkFailed,
+    as_written,
     exists,
     join,
     mask,
@@ -52,7 +64,7 @@ from raysys.sweeping.space import check_space, group_contents, read_space
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.loop import Diverged
 from raysys.training.metrics import read_metrics
-from raysys.training.on_ray import CPUS_PER_WORKER, NOT_LEARNT, StoppedEarly, Surroundings, run_settings, train_run
+from raysys.training.on_ray import NOT_LEARNT, StoppedEarly, Surroundings, run_settings, train_run, worker_bundle
 from raysys.training.samples import choose_samples, order_of
 from raysys.training.validation import SCORE
 
@@ -66,7 +78,7 @@ def sweep(cfg: SweepConfig) -> None:
     space = read_space(cfg.space)
     base = TrainConfig(**{f.name: getattr(cfg, f.name) for f in fields(TrainConfig)})
     check_space(space, base, cfg.search)
-    open_corpus(base.corpus)
+    corpus = open_corpus(base.corpus)
     sets, fingerprints = evaluator_sets(cfg)
     base = replace(base, evaluators=list(sets), **sets)  # type: ignore[arg-type]  # each set is a field of its name
     plan = Plan(cfg, base, space)
@@ -86,6 +98,7 @@ def sweep(cfg: SweepConfig) -> None:
     try:
         if plan.num_to_come:
             with ray_session(cfg.ray):
+                check_storage(output.path, first_shards(corpus.roots, (shard.name for shard in corpus.shards)) | inputs_of(sets))
                 num_decoded = _run(cfg, base, sets, plan, output)
         else:
             print(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
@@ -110,7 +123,8 @@ def _run(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], plan: 
         if output.finished:  # with fewer samples or seeds
             before = read_json(output.join("manifest.json"))["decoded"]
             remove_file(output.join("manifest.json"))
-        _run_trials(cfg, plan, output, pool, lock, concurrent)
+        with watched(_need(cfg, base, 1)[0]):
+            _run_trials(cfg, plan, output, pool, lock, concurrent)
     num_decoded = pool.num_decoded()
     pool.close()
     return {name: number + before.get(name, 0) for name, number in num_decoded.items()}
@@ -121,19 +135,18 @@ def _run(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], plan: 
 
 def _concurrent(cfg: SweepConfig, base: TrainConfig, num_trials: int) -> int:
     """Trials at a time. :raises UserError: where the cluster has no room for them; Ray would wait in silence."""
-    workers, actors = base.worker_range[1], num_actors_beside(cfg.service)
-    of_trial = {"CPU": workers * CPUS_PER_WORKER + TRIAL_CPUS, "GPU": workers if base.use_gpu else 0}
-    of_pool = {"CPU": actors * cpus_beside(cfg.service), "GPU": actors * cfg.service.num_gpus_per_actor}
-    there = ray.cluster_resources()
-    fit = min(int((there.get(kind, 0) - of_pool[kind]) / of_trial[kind] + 1e-9) for kind in of_trial if of_trial[kind])
-    asked = min(cfg.max_concurrent or max(fit, 1), num_trials)
-    trials = f"max_concurrent={asked} trials" if asked > 1 else "a trial"
-    require(
-        f"sweep: {trials} of {workers} workers beside {actors} evaluators",
-        cpus=asked * of_trial["CPU"] + of_pool["CPU"],
-        gpus=asked * of_trial["GPU"] + of_pool["GPU"],
-    )
-    return asked
+    need, trial, pool = _need(cfg, base, min(cfg.max_concurrent or 1, num_trials))
+    make_room(need, cfg.ray.wait_minutes)
+    fit = num_that_fit(trial, [node.free for node in settled_nodes()], beside=pool)
+    return min(cfg.max_concurrent or max(fit, 1), num_trials)
+
+
+def _need(cfg: SweepConfig, base: TrainConfig, trials: int) -> tuple[Need, list[dict[str, float]], list[dict[str, float]]]:
+    """Of that many trials at a time beside the evaluators; of one trial; of the evaluators."""
+    workers, pool = base.worker_range[1], bundles_beside(cfg.service)
+    trial = [worker_bundle(base)] * workers + [{"CPU": TRIAL_CPUS}]
+    which = f"max_concurrent={trials} trials" if trials > 1 else "a trial"
+    return Need(f"sweep: {which} of {workers} workers beside {len(pool)} evaluators", [*pool, *trial * trials]), trial, pool
 
 
 def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, concurrent: int) -> None:
@@ -241,18 +254,14 @@ def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPoo
 
     asha = None
     if cfg.asha.grace_steps is not None:
-        asha = _Asha.remote(cfg.asha, _histories(plan, output, cfg.objective))  # type: ignore[attr-defined]
+        asha = _Asha.options(scheduling_strategy=on_this_node()).remote(  # type: ignore[attr-defined]
+            cfg.asha, _histories(plan, output, cfg.objective)
+        )
     try:
         _tune(begin, end, pool=pool, concurrent=concurrent, place=output.join("_ray"), objective=cfg.objective, asha=asha)
         lock.check()
     except LostLock as error:
         raise UserError(str(error)) from error
-    except tune.TuneError:  # what Tune makes of any error of its callbacks
-        try:
-            lock.check()
-        except LostLock as error:
-            raise UserError(str(error)) from error
-        raise
     progress.close()
     remove_folder(output.join("lock"))
 
@@ -349,8 +358,9 @@ def _tune(
     def trial(config: dict[str, Any]) -> None:
         tune.report({"result": _train(config["job"], pool, concurrent, objective, asha)})
 
+    results = Results()
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
+        tune.with_resources(trial, {"CPU": TRIAL_CPUS} | only_here()),  # beside the sweep's driver: any other node may die
         tune_config=tune.TuneConfig(
             search_alg=Jobs(),
             num_samples=-1,
@@ -358,10 +368,13 @@ def _tune(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=place, verbose=0, callbacks=[Results()]),
+        run_config=tune.RunConfig(name="tune", storage_path=place, verbose=0, callbacks=[results]),
     )
     with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a line a trial, whatever its verbosity; ours follow
-        tuner.fit()
+        try:
+            tuner.fit()
+        except tune.TuneError as error:  # what Tune makes of any error of its callbacks
+            raise results.broken or error from error
     remove_folder(place)
 
 
@@ -444,7 +457,7 @@ def _tell_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> No
     best = best_point(points)
     if best is not None:
         words = {k: v for k, v in asdict(plan.words_of(best)).items() if k not in ("output", "ray") and v is not None}
-        write_bytes(output.join("best.yaml"), yaml.safe_dump(words, sort_keys=False, allow_unicode=True).encode())
+        write_bytes(output.join("best.yaml"), yaml.safe_dump(as_written(words), sort_keys=False, allow_unicode=True).encode())
     else:
         remove_file(output.join("best.yaml"))  # of fewer seeds
     print("\n".join(table(rows, points, plan.keys, plan.objectives, best.number if best else None)))

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysys.storage import join, remove_folder, write_bytes, write_json
+from raysys.storage import join, mask, remove_folder, write_bytes, write_json
 
 Row = dict[str, Any]
 """Columns of results.parquet, in this order: ``trial`` (its name), ``point`` (number), ``seed``, ``status``, ``reason``; the swept keys; ``steps``
@@ -234,7 +234,7 @@ def _as_json(point: PointResult) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     """A value as one writes it on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return mask(value) if isinstance(value, str) else json.dumps(value)
 
 
 def write_hparams(folder: str, rows: list[Row], keys: list[str], objectives: list[str]) -> None:

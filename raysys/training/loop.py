@@ -21,7 +21,7 @@ from raysys.config import TrainConfig
 from raysys.corpus.index import SampleIndex
 from raysys.corpus.order import Order
 from raysys.models import LoadedModel, save_open_clip_folder
-from raysys.storage import UserError, WorkFailed, join, mask, read_json
+from raysys.storage import UserError, WorkFailed, explained, is_final, join, mask, read_json
 from raysys.training import checkpoint
 from raysys.training.augment import strength_at
 from raysys.training.card import library_versions, model_card
@@ -302,6 +302,10 @@ class _Together:
             yield
         except (UserError, LostLock) as error:
             self._failure = error
+        except OSError as error:
+            if not is_final(error):
+                raise
+            self._failure = explained(error)
 
 
 class _Writer:

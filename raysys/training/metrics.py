@@ -10,12 +10,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from raysys.storage import exists, is_local, join, named_errors, open_fs, read_bytes, write_bytes
+from raysys.storage import exists, is_local, join, named_errors, naming_full_disk, open_fs, read_bytes, write_bytes
 from raysys.training.lock import RunLock
 
 WRITE_EVERY_S = 10.0
@@ -68,18 +68,20 @@ class MetricsLog:
         write_bytes(self._path, bytes(self._lines))
         self._next_write = perf_counter() + WRITE_EVERY_S
         self._own_folder = None if self._local else tempfile.TemporaryDirectory(prefix="raysys-tensorboard-")
+        self._board_place = f"TMPDIR={tempfile.gettempdir()}" if self._own_folder else self._board_path
         # TensorBoard drops what it saw of a step >= purge_step.
-        self._board = SummaryWriter(self._own_folder.name if self._own_folder else self._board_path, purge_step=first_step + 1)
+        with naming_full_disk(self._board_place):
+            self._board = SummaryWriter(self._own_folder.name if self._own_folder else self._board_path, purge_step=first_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log a step: into the local file at once, on an object store within about :data:`WRITE_EVERY_S`."""
         line = _line({"step": step, **metrics})
-        for name, value in metrics.items():
-            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        with naming_full_disk(self._board_place):
+            for name, value in metrics.items():
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         if self._local:
             self._lock.check()
-            with open(open_fs(self._path)[1], "ab") as file:
-                file.write(line)
+            _append(open_fs(self._path)[1], line)
         else:
             self._lines += line
             if perf_counter() >= self._next_write:
@@ -87,7 +89,8 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Bring all of it to storage: before a checkpoint is saved, so that a run that goes on from it has every line up to it."""
-        self._board.flush()
+        with naming_full_disk(self._board_place):
+            self._board.flush()
         if self._own_folder is None:
             return
         self._lock.check()
@@ -102,12 +105,23 @@ class MetricsLog:
 
     def close(self) -> None:
         """As :meth:`flush`; the log takes no more."""
-        try:
-            self.flush()
-        finally:
-            self._board.close()
+        with naming_full_disk(self._board_place), ExitStack() as stack:
             if self._own_folder is not None:
-                self._own_folder.cleanup()
+                stack.callback(self._own_folder.cleanup)
+            stack.callback(self._board.close)
+            self.flush()
+
+
+def _append(file: str, line: bytes) -> None:
+    """The whole line or nothing: another would be joined to half of one."""
+    with naming_full_disk(file), open(file, "ab", buffering=0) as log:
+        size = log.tell()
+        try:
+            while line:
+                line = line[log.write(line) :]
+        except OSError:
+            log.truncate(size)
+            raise
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -25,16 +25,19 @@ SIGLIP_INIT = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 """arXiv:2303.15343, sec. 3.2, and open_clip_train/main.py: at the start every pair is called no match, as nearly all are none."""
 
 
-def check_training_model(cfg: TrainConfig) -> None:
+def check_training_model(cfg: TrainConfig) -> int:
     """Refuse what cannot be trained so, before anything is fetched or started: the model is built without memory (on ``meta``).
 
+    :returns: its parameters.
     :raises UserError: in one line with the key and the mend.
     """
     check_model(cfg.model, _start(cfg))
     if "multimodal_cfg" in model_config(cfg.model):
         raise UserError(f"model={mask(cfg.model)} is a CoCa model, and there is no captioning loss; take a CLIP model, as ViT-B-32")
     with torch.device("meta"):
-        _prepare(_load(cfg, RANDOM, device="meta").model, cfg)
+        model: Any = _load(cfg, RANDOM, device="meta").model
+        _prepare(model, cfg)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def training_model(cfg: TrainConfig) -> LoadedModel:

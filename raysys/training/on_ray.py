@@ -12,19 +12,41 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysys.cluster import num_cpus, ray_session, require
+from raysys.cluster import Need, check_storage, make_room, num_cpus, on_this_node, ray_session, this_node, watched
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
 from raysys.corpus.index import SampleIndex
+from raysys.corpus.shards import first_shards
 from raysys.evaluation.evaluator import SetConfig
 from raysys.evaluation.metrics import PRIMARY
-from raysys.evaluation.on_ray import Asked, EvaluatorPool, Trained, cpus_beside, evaluator_sets, num_actors_beside, pool_beside
+from raysys.evaluation.on_ray import (
+    Asked,
+    EvaluatorPool,
+    Trained,
+    bundles_beside,
+    cpus_beside,
+    evaluator_sets,
+    files_of,
+    inputs_of,
+    pool_beside,
+)
 from raysys.models import LoadedModel, portable
 from raysys.progress import Progress
-from raysys.storage import Output, UserError, WorkFailed, is_local, open_output, read_json, remove_folder, settings_of
+from raysys.storage import (
+    Output,
+    UserError,
+    WorkFailed,
+    explained,
+    is_final,
+    is_local,
+    mask,
+    open_output,
+    read_json,
+    remove_folder,
+    settings_of,
+)
 from raysys.training import checkpoint
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.loop import Host, StoppedByPeer, run_worker
@@ -34,7 +56,10 @@ from raysys.training.samples import check_evidence, choose_samples, order_of, we
 from raysys.training.validation import SCORE
 
 CPUS_PER_WORKER = 0.9
-"""Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores."""
+"""Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores. One with a GPU
+asks for as many as it has threads that decode."""
+STATE_BYTES = 16
+"""Of a worker for a parameter: weight, gradient and AdamW's two moments in fp32."""
 QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "typographic", "service")
 """Words that say how a run is validated, not what it learns."""
 NOT_LEARNT = ("num_workers", "use_gpu", "corpus", "annotations", "selection", "free", *QUESTIONS)
@@ -48,8 +73,9 @@ def train(cfg: TrainConfig) -> None:
     print(
         f"train: {counts['steps']} steps of {counts['global_batch']}, {loss}{counts['samples_kept']} of {counts['samples']} samples kept"
     )
-    print(f"result: {run.path}   (open_clip folder: {run.path}/open_clip, TensorBoard: {run.path}/tensorboard)")
-    print(f"next:   raysys evaluate model={run.path} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS")
+    place = mask(run.path)
+    print(f"result: {place}   (open_clip folder: {place}/open_clip, TensorBoard: {place}/tensorboard)")
+    print(f"next:   raysys evaluate model={place} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS")
 
 
 Heard = Callable[[int, dict[str, float]], bool]
@@ -80,8 +106,8 @@ def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
     :raises UserError: where words, corpus and cluster do not fit each other.
     :raises WorkFailed: where the run diverges, or is stopped early.
     """
-    around = around or Surroundings()
-    check_training_model(cfg)
+    alone, around = around is None, around or Surroundings()
+    num_parameters = check_training_model(cfg)
     sets = evaluator_sets(cfg)[0] if around.pool is None else {}
     run = open_output(cfg.output, "train", run_settings(cfg), not_in_fingerprint=NOT_LEARNT)
     if run.finished:
@@ -90,7 +116,15 @@ def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
     there = checkpoint.steps_there(run.path)
     lock = RunLock.take(run.path)
     try:
-        index = _train_to_the_end(cfg, sets, run, lock, there, around)
+        index = choose_samples(cfg, around.evidence or run.path)
+        _say_what_is_kept(cfg, index, there)
+        with ray_session(cfg.ray):
+            if alone:
+                check_storage(run.path, _inputs(cfg, sets, index))
+            need = _need(cfg, index, sets, num_parameters)
+            make_room(need, cfg.ray.wait_minutes)
+            with watched(need):
+                _fit(cfg, sets, run, index, lock, around, already=there[-1] if there else 0)
         lock.check()
     except LostLock as error:
         raise UserError(str(error)) from error
@@ -120,10 +154,30 @@ def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
     return run
 
 
-def _train_to_the_end(
-    cfg: TrainConfig, sets: dict[str, SetConfig], run: Output, lock: RunLock, there: list[int], around: Surroundings
-) -> SampleIndex:
-    index = choose_samples(cfg, around.evidence or run.path)
+def worker_bundle(cfg: TrainConfig) -> dict[str, float]:
+    """What a worker asks for."""
+    return {"CPU": cfg.train.decode_threads, "GPU": 1} if cfg.use_gpu else {"CPU": CPUS_PER_WORKER}
+
+
+def _need(cfg: TrainConfig, index: SampleIndex, sets: dict[str, SetConfig], num_parameters: int) -> Need:
+    """Workers, and evaluators beside them. Of memory the least that it can be: the pictures of the windows, and on a CPU the weights."""
+    fewest = cfg.worker_range[0]
+    windows = min(cfg.order.lanes * cfg.order.window_mb * 1e6, float(index.size.sum())) / fewest
+    weights = 0 if cfg.use_gpu else STATE_BYTES * num_parameters / (fewest if cfg.train.strategy == "fsdp" else 1)
+    workers = [worker_bundle(cfg) | {"memory": windows + weights}] * fewest
+    evaluators = [bundle | {"object_store_memory": 4 * num_parameters} for bundle in bundles_beside(cfg.service)] if sets else []
+    beside = " and an evaluator beside them" if sets else ""
+    return Need(f"train with {fewest} workers{beside}", [*workers, *evaluators])
+
+
+def _inputs(cfg: TrainConfig, sets: dict[str, SetConfig], index: SampleIndex) -> dict[str, str]:
+    """What every node must see."""
+    evidence = {"annotations": index.rows_folder} | ({"selection": index.keep_folder} if index.keep_folder else {})
+    return first_shards(index.roots, index.names.to_pylist()) | evidence | inputs_of(sets) | files_of(cfg.model, cfg.pretrained)
+
+
+def _say_what_is_kept(cfg: TrainConfig, index: SampleIndex, there: list[int]) -> None:
+    """:raises UserError: where a batch asks for more."""
     order = order_of(cfg, index)
     if there:
         print(f"train: goes on after step {there[-1]} of {cfg.num_steps}")
@@ -131,9 +185,6 @@ def _train_to_the_end(
     if len(order.shares) > 1:
         shares = zip(order.shares, weighted_sources(cfg.corpus), strict=True)
         print(f"train: of every batch {', '.join(f'{number} {name}' for number, name in shares)}", flush=True)
-    with ray_session(cfg.ray):
-        _fit(cfg, sets, run, index, lock, around, already=there[-1] if there else 0)
-    return index
 
 
 def run_settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -164,15 +215,8 @@ def _fit(
     *,
     already: int,
 ) -> None:
-    gpus = 1 if cfg.use_gpu else 0
     fewest, most = cfg.worker_range
-    beside, evaluators = (" and an evaluator beside them", num_actors_beside(cfg.service)) if sets else ("", 0)
-    cpus = fewest * CPUS_PER_WORKER + evaluators * cpus_beside(cfg.service)
-    require(f"train with {fewest} workers{beside}", cpus=cpus, gpus=fewest * gpus + evaluators * cfg.service.num_gpus_per_actor)
-    threads = max(1, num_cpus() // (most * around.concurrent_runs))
-    # On the driver's node: it holds what the run cannot do without, and any other node may die.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    news = _News.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    news = _News.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     model, pretrained = portable(cfg.model, cfg.pretrained)  # workers run in a folder of Ray's
     of_workers = replace(cfg, model=model, pretrained=pretrained)
     own_pool = pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service)))) if sets else None
@@ -185,7 +229,7 @@ def _fit(
             "run": run.path,
             "index": ray.put(index),
             "lock": lock,
-            "threads": threads,
+            "threads": max(1, num_cpus() // (most * around.concurrent_runs)),
             "news": news,
             "validator": validator,
         },
@@ -193,14 +237,17 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),  # type: ignore[arg-type]  # Ray annotates the former one
             use_gpu=cfg.use_gpu,
-            resources_per_worker={"CPU": CPUS_PER_WORKER} | ({"GPU": 1} if gpus else {}),
+            resources_per_worker=worker_bundle(cfg),
         ),
         run_config=RunConfig(
             name="ray", storage_path=run.join("_ray"), failure_config=FailureConfig(max_failures=cfg.train.max_failures)
         ),
     )
     with _progress(run, cfg.num_steps, news, already=already, heard=around.heard):
-        trainer.fit()
+        try:
+            trainer.fit()
+        except WorkerGroupError as failure:
+            raise _died(failure, cfg.train.max_failures) from failure
     error = ray.get(news.error.remote())
     ray.kill(news)
     if own_pool is not None:
@@ -209,6 +256,18 @@ def _fit(
         shutil.rmtree(run.join("_ray"), ignore_errors=True)  # Ray's own state; ours is in checkpoints
     if error is not None:
         raise error
+
+
+def _died(error: WorkerGroupError, max_failures: int) -> Exception:
+    """What the user is told when Ray gives up: workers that died again and again, or what one of them raised."""
+    reasons = list(error.worker_failures.values())
+    raised = [reason for reason in reasons if not isinstance(reason, ray.exceptions.RayError)]
+    if raised:
+        return error
+    last = str(reasons[0]).strip().splitlines()[0] if reasons else str(error)
+    return WorkFailed(
+        f"workers died {max_failures + 1} times, train.max_failures={max_failures} ({last}); the same words go on from the newest checkpoint"
+    )
 
 
 @ray.remote(num_cpus=0)
@@ -270,13 +329,19 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if config["cfg"].use_gpu else torch.device("cpu")
     news = config["news"]
+    of_node = int(this_node().total.get("CPU", 0)) // context.get_local_world_size()
+    threads = max(1, min(config["threads"], of_node))
     host = Host(
         context.get_world_rank(), context.get_world_size(), device, lambda line: ray.get(news.say.remote(line)), config["validator"]
     )
     try:
-        run_worker(config["cfg"], config["run"], ray.get(config["index"]), host, config["lock"], threads=config["threads"])
+        run_worker(config["cfg"], config["run"], ray.get(config["index"]), host, config["lock"], threads=threads)
     except (UserError, LostLock, WorkFailed) as error:  # trying again would not mend it
         ray.get(news.tell.remote(error if isinstance(error, WorkFailed) else UserError(str(error))))
+    except OSError as error:
+        if not is_final(error):
+            raise
+        ray.get(news.tell.remote(explained(error)))
     except StoppedByPeer:
         pass
 
