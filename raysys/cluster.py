@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -65,17 +65,18 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         _knock(address)
-        ray.init(
-            address=address or "local",
-            num_cpus=None if address else cfg.num_cpus,
-            include_dashboard=None if address else cfg.dashboard,
-            dashboard_host="127.0.0.1",
-            log_to_driver=cfg.verbose,
-            logging_level=logging.INFO if cfg.verbose else logging.ERROR,
-            namespace="raysys",
-            # which variables hold secrets, not what they hold
-            runtime_env={"env_vars": {INTERPOLATED: os.environ[INTERPOLATED]}} if os.environ.get(INTERPOLATED) else None,
-        )
+        with nullcontext() if cfg.verbose else _mute():
+            ray.init(
+                address=address or "local",
+                num_cpus=None if address else cfg.num_cpus,
+                include_dashboard=None if address else cfg.dashboard,
+                dashboard_host="127.0.0.1",
+                log_to_driver=cfg.verbose,
+                logging_level=logging.INFO if cfg.verbose else logging.ERROR,
+                namespace="raysys",
+                # which variables hold secrets, not what they hold
+                runtime_env={"env_vars": {INTERPOLATED: os.environ[INTERPOLATED]}} if os.environ.get(INTERPOLATED) else None,
+            )
     except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise UserError(f"RAY_ADDRESS={address}: no Ray answers there ({error})") from error
     except ray.exceptions.AuthenticationError as error:
@@ -95,6 +96,20 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """What Ray's native part writes to stderr while it starts goes nowhere; what goes wrong, it raises too."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _knock(address: str | None) -> None:

@@ -14,9 +14,9 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,8 +68,8 @@ from raysys.training.on_ray import NOT_LEARNT, StoppedEarly, Surroundings, run_s
 from raysys.training.samples import choose_samples, order_of
 from raysys.training.validation import SCORE
 
-TRIAL_CPUS = 0.01
-"""A trial's driver only waits; Tune refuses 0."""
+DRIVER_DEATHS = 3
+"""Of one trial's driver that a sweep survives: a machine that runs out of memory kills it, the trial is not to blame."""
 FREE = ("num_samples", "seeds", "max_concurrent", "measure_steps", "dry_run")
 """Keys that a sweep may be taken up without: the first two add trials."""
 
@@ -144,7 +144,7 @@ def _concurrent(cfg: SweepConfig, base: TrainConfig, num_trials: int) -> int:
 def _need(cfg: SweepConfig, base: TrainConfig, trials: int) -> tuple[Need, list[dict[str, float]], list[dict[str, float]]]:
     """Of that many trials at a time beside the evaluators; of one trial; of the evaluators."""
     workers, pool = base.worker_range[1], bundles_beside(cfg.service)
-    trial = [worker_bundle(base)] * workers + [{"CPU": TRIAL_CPUS}]
+    trial = [worker_bundle(base)] * workers
     which = f"max_concurrent={trials} trials" if trials > 1 else "a trial"
     return Need(f"sweep: {which} of {workers} workers beside {len(pool)} evaluators", [*pool, *trial * trials]), trial, pool
 
@@ -352,15 +352,19 @@ def _tune(
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             if self.broken is not None:
                 raise self.broken
-            text = Path(trial.error_file).read_text() if trial.error_file else "its process died"
-            end(trial.config["job"].name, {"status": "crashed", "reason": text.strip().splitlines()[-1].strip()})
+            end(trial.config["job"].name, {"status": "crashed", "reason": f"its process died {DRIVER_DEATHS + 1} times"})
 
     def trial(config: dict[str, Any]) -> None:
-        tune.report({"result": _train(config["job"], pool, concurrent, objective, asha)})
+        """What it raises itself is a result: of errors, Tune sees deaths of its process only, and begins it again."""
+        try:
+            result = _train(config["job"], pool, concurrent, objective, asha)
+        except Exception as error:
+            result = {"status": "crashed", "reason": str(traceback.format_exception_only(error)[-1]).strip().splitlines()[-1].strip()}
+        tune.report({"result": result})
 
     results = Results()
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": TRIAL_CPUS} | only_here()),  # beside the sweep's driver: any other node may die
+        tune.with_resources(trial, only_here()),  # beside the sweep's driver: any other node may die
         tune_config=tune.TuneConfig(
             search_alg=Jobs(),
             num_samples=-1,
@@ -368,7 +372,13 @@ def _tune(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=place, verbose=0, callbacks=[results]),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=place,
+            verbose=0,
+            callbacks=[results],
+            failure_config=tune.FailureConfig(max_failures=DRIVER_DEATHS),
+        ),
     )
     with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a line a trial, whatever its verbosity; ours follow
         try:
