@@ -24,8 +24,11 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # what trials 
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a sweep as it ends every verb
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import available_resources_per_node, state
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -81,7 +84,8 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
         raise UserError(f"RAY_ADDRESS={address}: no Ray answers there ({error})") from error
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
-            f"RAY_ADDRESS={address}: the cluster takes another token; give it in RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH"
+            f"RAY_ADDRESS={address}: the cluster lets in only who has its token; give it in RAY_AUTH_TOKEN, or its file in "
+            f"RAY_AUTH_TOKEN_PATH ({str(error).split('. ')[0]})"
         ) from error
     ray.data.DataContext.get_current().memory_usage_poll_interval_s = (
         None  # walking an actor's pages every second costs it some per cent
@@ -113,10 +117,25 @@ def _mute() -> Iterator[None]:
 
 
 def _knock(address: str | None) -> None:
-    """:raises OSError: where nobody listens; Ray would try for minutes."""
+    """Where nobody listens Ray would try for minutes; where it has another token, twenty times.
+
+    :raises OSError: nobody answers. :raises AuthenticationError: it takes another token.
+    """
     host, _, port = (address or "").rpartition(":")
-    if port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    if not port.isdigit():
+        return
+    socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    channel = init_grpc_channel(f"{host}:{port}", asynchronous=False)
+    try:
+        gcs = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        gcs.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_S)  # type: ignore[attr-defined]  # made at import
+    except grpc.RpcError as error:
+        code, details = error.code(), error.details()
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            raise ray.exceptions.AuthenticationError(details) from error
+        raise ConnectionError(f"{code.name}: {details}") from error
+    finally:
+        channel.close()
 
 
 def num_cpus() -> int:

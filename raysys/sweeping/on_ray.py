@@ -359,7 +359,10 @@ def _tune(
         try:
             result = _train(config["job"], pool, concurrent, objective, asha)
         except Exception as error:
-            result = {"status": "crashed", "reason": str(traceback.format_exception_only(error)[-1]).strip().splitlines()[-1].strip()}
+            result = {
+                "status": "crashed",
+                "reason": str(traceback.format_exception_only(error)[-1]).strip().splitlines()[-1].strip(),
+            }
         tune.report({"result": result})
 
     results = Results()
