@@ -2,13 +2,15 @@
 
 In: :class:`RayConfig`, what work needs (:class:`Need`). Out: Ray that is up, room that is there, or one line that says what is missing: at
 once where it can never come, after a while where others hold it or an autoscaler may bring it.
-Never joins a Ray that happens to run on this machine, never stops one that it did not start.
+Never joins a Ray that happens to run on this machine, unless RAY_ADDRESS=auto says so; never stops one that it did not start.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import platform
+import re
 import socket
 import sys
 import threading
@@ -17,31 +19,35 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table of its own, whatever the verbosity
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # what trials measure stands in their own logs
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # a trial whose process died is begun again, and told of by us
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a sweep as it ends every verb
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
 
 import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel
-from ray._private.state import available_resources_per_node, state
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray._private.state import available_resources_per_node
+from ray._private.worker import global_worker
+from ray.core.generated import autoscaler_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.config import RayConfig
 from raysys.progress import duration
-from raysys.storage import INTERPOLATED, UserError, WorkFailed, exists, join, mask, read_bytes, remove_file, write_bytes
+from raysys.room import Bundle, Need, left_over, missing
+from raysys.storage import INTERPOLATED, RETRY_S, UserError, WorkFailed, exists, join, mask, read_bytes, remove_file, write_bytes
 
-SLACK = 1e-6
-"""Of a resource: Ray counts in parts of 10,000."""
 TELL_EVERY_S = 60.0
 """Between two lines of one that waits."""
 ANSWER_S = 10.0
 """What the head of a cluster may take to answer."""
+STORAGE_ANSWER_S = RETRY_S + 60.0
+"""What a node may take to look at the storage: it waits itself for a store that answers errors."""
 SETTLE_S = 5.0
 """What work that has just ended may take to give its resources back."""
 
@@ -64,6 +70,8 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
             f"RAY_ADDRESS={mask(address)}: raysys runs on the cluster, not through Ray Client or the dashboard; "
             "`ray job submit --address http://HOST:8265 --working-dir . -- python -m raysys VERB ...` brings it there"
         )
+    if address and address not in ("auto", "local") and not re.fullmatch(r".+:\d+", address):
+        raise UserError(f"RAY_ADDRESS={address} is no HOST:PORT, as 10.0.0.1:6379")
     if not cfg.verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -80,13 +88,17 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
                 # which variables hold secrets, not what they hold
                 runtime_env={"env_vars": {INTERPOLATED: os.environ[INTERPOLATED]}} if os.environ.get(INTERPOLATED) else None,
             )
-    except (ConnectionError, TimeoutError, socket.gaierror) as error:
+    except (ConnectionError, TimeoutError, OverflowError, socket.gaierror) as error:
         raise UserError(f"RAY_ADDRESS={address}: no Ray answers there ({error})") from error
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
-            f"RAY_ADDRESS={address}: the cluster lets in only who has its token; give it in RAY_AUTH_TOKEN, or its file in "
-            f"RAY_AUTH_TOKEN_PATH ({str(error).split('. ')[0]})"
+            f"RAY_ADDRESS={address}: the cluster lets in only who has its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH where it is not in ~/.ray/auth_token ({str(error).split('. ')[0]})"
         ) from error
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise UserError(f"RAY_ADDRESS={address}: {error}") from error
     ray.data.DataContext.get_current().memory_usage_poll_interval_s = (
         None  # walking an actor's pages every second costs it some per cent
     )
@@ -160,21 +172,6 @@ def only_here() -> dict[str, float]:
 
 # ---- room -------------------------------------------------------------------------------------------------------------
 
-Bundle = Mapping[str, float]
-"""Resources (``CPU``, ``GPU``, ``memory`` and ``object_store_memory`` in bytes) that one process needs on one node."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """What some work asks of a cluster."""
-
-    what: str
-    """As a message begins: ``train with 8 workers``."""
-    bundles: Sequence[Bundle]
-
-    def total(self, kind: str) -> float:
-        return sum(bundle.get(kind, 0) for bundle in self.bundles)
-
 
 @dataclass(frozen=True)
 class Node:
@@ -197,112 +194,63 @@ def live_nodes() -> list[Node]:
 def settled_nodes() -> list[Node]:
     """The same, when what has just ended has given back what it held."""
     end, there = time.monotonic() + SETTLE_S, live_nodes()
-    while time.monotonic() < end and any(node.free.get("CPU", 0) < node.total.get("CPU", 0) - SLACK for node in there):
+    while time.monotonic() < end and any(node.free.get("CPU", 0) < node.total.get("CPU", 0) - 1e-6 for node in there):
         time.sleep(0.1)
         there = live_nodes()
     return there
 
 
-def left_over(bundles: Sequence[Bundle], rooms: Sequence[Bundle]) -> list[Bundle]:
-    """Bundles that find no place, the largest being placed first, each on the first node with room."""
-    free = [dict(room) for room in rooms]
-    largest_first = sorted(bundles, key=lambda bundle: (bundle.get("GPU", 0), bundle.get("CPU", 0)), reverse=True)
-    return [bundle for bundle in largest_first if not _place(bundle, free)]
-
-
-def num_that_fit(bundles: Sequence[Bundle], rooms: Sequence[Bundle], *, beside: Sequence[Bundle] = ()) -> int:
-    """How many times all of ``bundles`` find a place, after the others have."""
-    free = [dict(room) for room in rooms]
-    number = 0
-    if all(_place(bundle, free) for bundle in beside):
-        while all(_place(bundle, free) for bundle in bundles):
-            number += 1
-    return number
-
-
-def _place(bundle: Bundle, free: list[dict[str, float]]) -> bool:
-    """Take the bundle from the first node that has it."""
-    place = next((room for room in free if all(room.get(kind, 0) >= n - SLACK for kind, n in bundle.items())), None)
-    if place is None:
-        return False
-    for kind, number in bundle.items():
-        place[kind] = place.get(kind, 0) - number
-    return True
-
-
-def make_room(need: Need, wait_minutes: float | None, *, enough: Sequence[Bundle] | None = None) -> None:
+def make_room(need: Need, wait_minutes: float | None, *, enough: Sequence[Bundle] | None = None, was_there: bool = False) -> None:
     """Return when there is room. What others hold, and what an autoscaler may bring, is waited for, with a line a minute.
 
     :param wait_minutes: None: without end.
     :param enough: with which the work may begin; None: all that it needs.
-    :raises UserError: at once, where the cluster can never have it. :raises WorkFailed: where it did not come in time.
+    :param was_there: the cluster had it and has lost it: that is waited for too.
+    :raises UserError: where the cluster can never have it. :raises WorkFailed: where it did not come in time.
     """
     there = live_nodes()
-    fewest = need if enough is None else Need(need.what, enough)
-    why = _missing(need, [node.total for node in there])
+    fewest = (need if enough is None else Need(need.what, enough)).without_memory()  # memory is nobody's in Ray's books
+    why = missing(need, [node.total for node in there])
     if why is not None:
-        most = state.get_max_resources_from_cluster_config()  # None where no autoscaler has told what it may bring
-        if most is None:
+        is_memory = missing(need.without_memory(), [node.total for node in there]) is None
+        if not was_there and (is_memory or not _autoscaler().autoscaler_state_version):
             raise UserError(f"{why}; ask for less or add nodes")
-        for kind in ("CPU", "GPU"):
-            if need.total(kind) > most.get(kind, 0) + SLACK:
-                raise UserError(
-                    f"{need.what} needs {need.total(kind):g} {kind}s, with all nodes that its autoscaler may bring the cluster has "
-                    f"{most.get(kind, 0):g}; ask for less, or raise the autoscaler's limits"
-                )
-        why += "; waiting for the autoscaler"
+        why += "; waiting for nodes" if was_there else "; waiting for the autoscaler"
     else:
         why = f"{need.what} waits: others hold what it needs"
-    if not left_over(_reserved(fewest), [node.free for node in there]):
+    if not left_over(fewest.bundles, [node.free for node in there]):
         return
-    group = placement_group(_reserved(fewest))  # what an autoscaler looks at
+    group = placement_group([dict(bundle) for bundle in fewest.bundles])  # what an autoscaler looks at
     began, told = time.monotonic(), 0
     try:
         while not group.wait(1.0):
             spent = time.monotonic() - began
+            if any(group.id.hex() in request.details for request in _autoscaler().infeasible_gang_resource_requests):
+                raise UserError(f"{why}, which says that it can never bring it; ask for less, or let it bring more or larger nodes")
             if wait_minutes is not None and spent > wait_minutes * 60:
                 raise WorkFailed(
-                    f"{why}; it did not come in {duration(spent)} (ray.wait_minutes={wait_minutes:g}); {_what_is_free(need)}"
+                    f"{why}; it did not come in {duration(spent)} (ray.wait_minutes={wait_minutes:g}); {what_is_free(need)}"
                 )
             if spent > SETTLE_S + told * TELL_EVERY_S:
                 told += 1
-                print(f"{_clock()} {why} ({duration(spent)}); {_what_is_free(need)}", file=sys.stderr, flush=True)
+                print(f"{_clock()} {why} ({duration(spent)}); {what_is_free(need)}", file=sys.stderr, flush=True)
     finally:
         remove_placement_group(group)
 
 
-def _reserved(need: Need) -> list[dict[str, float]]:
-    """Nothing of ours reserves memory, so that a wrong guess leaves no GPU idle."""
-    return [{kind: n for kind, n in bundle.items() if "memory" not in kind and n} for bundle in need.bundles]
-
-
-def _missing(need: Need, rooms: Sequence[Bundle]) -> str | None:
-    """What of a need these nodes cannot hold, be they free."""
-    for kind in ("CPU", "GPU"):
-        there = sum(room.get(kind, 0) for room in rooms)
-        if need.total(kind) > there + SLACK:
-            return f"{need.what} needs {need.total(kind):g} {kind}s, the cluster has {there:g}"
-    if not (without := left_over(need.bundles, rooms)):
-        return None
-    bundle = without[0]
-    largest = {kind: max((room.get(kind, 0) for room in rooms), default=0) for kind in bundle}
-    return (
-        f"{need.what} needs {_words(bundle)} on one node, {len(need.bundles)} times; the cluster's nodes have room for "
-        f"{len(need.bundles) - len(without)}, the largest has {_words(largest)}"
-    )
+def _autoscaler() -> Any:
+    """What an autoscaler told last; version 0 where there is none (Ray's autoscaler.proto, AutoscalingState)."""
+    reply = autoscaler_pb2.GetClusterStatusReply()  # type: ignore[attr-defined]  # made at import
+    gcs: Any = global_worker
+    reply.ParseFromString(gcs.gcs_client.get_cluster_status())
+    return reply.autoscaling_state
 
 
 def _clock() -> str:
     return time.strftime("%H:%M:%S")
 
 
-def _words(bundle: Bundle) -> str:
-    return ", ".join(
-        f"{n / 1e9:.3g} GB of {kind.replace('_', ' ')}" if "memory" in kind else f"{n:g} {kind}s" for kind, n in bundle.items() if n
-    )
-
-
-def _what_is_free(need: Need) -> str:
+def what_is_free(need: Need) -> str:
     there = live_nodes()
     return ", ".join(
         f"{sum(node.free.get(kind, 0) for node in there):g} of {sum(node.total.get(kind, 0) for node in there):g} {kind}s are free"
@@ -319,12 +267,15 @@ def watched(need: Need) -> Iterator[None]:
     def watch() -> None:
         told = 0.0  # when; 0: there is room
         while not ended.wait(SETTLE_S):
-            missing = _missing(need, [node.total for node in live_nodes()])
-            if missing is None and told:
+            try:
+                lost = missing(need, [node.total for node in live_nodes()])
+            except (ray.exceptions.RayError, ConnectionError):  # the head starts again
+                continue
+            if lost is None and told:
                 print(f"{_clock()} {need.what}: there is room again", file=sys.stderr, flush=True)
                 told = 0.0
-            elif missing is not None and (not told or time.monotonic() - told > TELL_EVERY_S):
-                print(f"{_clock()} {missing}; waiting for nodes", file=sys.stderr, flush=True)
+            elif lost is not None and (not told or time.monotonic() - told > TELL_EVERY_S):
+                print(f"{_clock()} {lost}; waiting for nodes", file=sys.stderr, flush=True)
                 told = time.monotonic()
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -349,27 +300,36 @@ def check_storage(output: str | None, inputs: Mapping[str, str]) -> None:
     workers = [node for node in live_nodes() if node.id != here and (node.total.get("CPU", 0) or node.total.get("GPU", 0))]
     mark = read_bytes(join(output, "settings.json")) if output else b""
     task = ray.remote(num_cpus=0, max_retries=0)(_see_storage)
-    asked = {
-        node.address: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-            output, mark, dict(inputs)
-        )
-        for node in workers
-    }
-    silent = [address for address, answer in asked.items() if not ray.wait([answer], timeout=STORAGE_ANSWER_S)[0]]
-    if silent:
-        raise UserError(f"node {silent[0]} could not look at the storage in {STORAGE_ANSWER_S:.0f} s; does a mount hang there?")
-    for address, answer in asked.items():
+    there = [NodeAffinitySchedulingStrategy(node.id, soft=False) for node in workers]
+    asked = [task.options(scheduling_strategy=node).remote(output, mark, dict(inputs)) for node in there]
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=STORAGE_ANSWER_S)
+    for node, answer in zip(workers, asked, strict=True):
+        if not ray.wait([answer], timeout=0)[0]:
+            raise UserError(
+                f"node {node.address} could not look at the storage in {STORAGE_ANSWER_S:.0f} s; does a mount hang there?"
+            )
         try:
             seen = ray.get(answer)
-        except ray.exceptions.RayError as error:  # a node that dies just now is not asked again
+        except ray.exceptions.RayError as error:
+            if node.id not in {other.id for other in live_nodes()}:
+                continue  # it died; nothing will run there
             seen = str(getattr(error, "cause", error)).strip().splitlines()[-1]
         if seen is not None:
             raise UserError(
-                f"node {address} {seen}; all nodes must see the same files: mount the folder everywhere, or give s3:// or gs://"
+                f"node {node.address} {seen}; all nodes must see the same files: mount the folder everywhere, or give s3:// or gs://"
             )
 
 
-STORAGE_ANSWER_S = 120.0
+def refuse_other_storage(output: str) -> None:
+    """By a process of a node that may have come after :func:`check_storage`: what it wrote would be lost in silence.
+
+    :raises UserError: where the output is not there.
+    """
+    if not exists(join(output, "settings.json")):
+        raise UserError(
+            f"node {platform.node()} does not see output={mask(output)}: mount the folder on every node, or give s3:// or gs://"
+        )
 
 
 def _see_storage(output: str | None, mark: bytes, inputs: dict[str, str]) -> str | None:

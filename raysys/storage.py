@@ -151,8 +151,10 @@ INTERPOLATED = "RAYSYS_INTERPOLATED"
 """Environment variable in which a process tells itself and its Ray workers what its words interpolate: ``KEY:NAME ...``, the first part of
 a key and the variable that its value names as ``${oc.env:NAME}``. No values stand in it."""
 _ENV = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
-_USER_INFO = re.compile(r"(://)(?:(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)[^/\s]*@|[^/:\s]+:(?!\d+/)\S*@)")
-"""``abfs://CONTAINER@ACCOUNT`` holds no secret."""
+_USER_INFO = re.compile(
+    r"(://)(?:(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)(?<!az://)(?<!hdfs://)(?<!webhdfs://)[^/\s]*@|[^/:\s]+:(?!\d+/)\S*@)"
+)
+"""``abfs://CONTAINER@ACCOUNT`` and ``hdfs://USER@HOST`` hold no secret."""
 _QUERY = re.compile(
     r"([?&](?:[\w-]*(?:signature|token|secret|password|credential|accesskeyid|api[-_]?key)|sig|key)=)[^&\s'\"#]+", re.IGNORECASE
 )
@@ -252,6 +254,8 @@ class _Patient:
         self.below, self._url = below, url
 
     def __getattr__(self, name: str) -> Any:
+        if name == "below":  # of a copy that is not made yet
+            raise AttributeError(name)
         found = getattr(self.below, name)
         return functools.partial(_insist, self._url, found) if name in _OPERATIONS else found
 
@@ -291,7 +295,7 @@ def _passes(error: BaseException) -> bool:
     if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return False
     answer = getattr(error, "response", None)  # botocore's ClientError has one, gcsfs's HttpError a code
-    status = answer["ResponseMetadata"].get("HTTPStatusCode") if isinstance(answer, dict) else getattr(error, "code", None)
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else getattr(error, "code", None)
     return (
         str(status) in map(str, _PASSING_STATUS)
         or _PASSING_CODES.search(repr(error)) is not None
@@ -606,7 +610,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[FileInfo
     for pattern in patterns:
         fs, inner = open_fs(pattern)
         if _glob.has_magic(inner):
-            matches = fs.glob(inner, detail=True)
+            matches = _glob_files(fs, inner)
             files = {name: i for name, i in matches.items() if i["type"] == "file" or (i.get("islink") and fs.isfile(name))}
             roots += [os.path.dirname(name) for name in files]
         else:
@@ -637,6 +641,19 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[FileInfo
     protocol = "" if is_local(path) else path.split("://")[0] + "://"
     infos = [FileInfo(f[len(root) :].removeprefix("/"), i["size"], identity_of(i), _modified(i)) for f, i in sorted(found.items())]
     return protocol + root, infos
+
+
+def _glob_files(fs: Any, pattern: str) -> dict[str, dict[str, Any]]:
+    """What matches, by listings of our own where the filesystem is remote: fsspec's glob leaves out, in silence, a folder that it cannot list."""
+    if isinstance(fs, LocalFileSystem):
+        return fs.glob(pattern, detail=True)
+    folder = os.path.dirname(pattern)
+    if _glob.has_magic(folder):
+        found = fs.find(os.path.dirname(re.split(r"[*?\[]", pattern)[0]), detail=True)
+    else:
+        found = {entry["name"]: entry for entry in _ls(fs, folder)}
+    matches = re.compile(fsspec.utils.glob_translate(pattern))
+    return {name: info for name, info in found.items() if matches.match(name)}
 
 
 def _ls(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
@@ -741,11 +758,11 @@ def open_output(path: str, verb: str, settings: dict[str, Any], *, not_in_finger
     :param not_in_fingerprint: top-level keys of ``settings`` that may differ between calls (sizes of pools).
     :raises UserError: where the folder is not empty and not ours, or of other settings (the keys are named).
     """
-    path = absolute(path)
-    if is_local(path) and "/runtime_resources/working_dir_files/" in os.getcwd() and path.startswith(os.getcwd()):
+    if absolute(path) != path and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise UserError(
             f"output={path} lies in a folder that Ray deletes after the job; give an absolute path on storage that stays"
         )
+    path = absolute(path)
     mark = fingerprint(_map_texts({k: v for k, v in settings.items() if k not in not_in_fingerprint}, _without_credentials))
     settings = as_written(settings)
     settings_file = join(path, "settings.json")

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -35,7 +37,8 @@ DOCKERFILE = CLUSTER / "image" / "Dockerfile"
 FILES = sorted(file for file in CLUSTER.rglob("*") if file.is_file())
 SCHEMAS = Path(os.environ.get("RAYSYS_KUBERAY_SCHEMAS", ROOT.parent / "shared" / "data" / "kuberay"))
 SAID = {"corpus.path", "annotations", "imagenet.path", "imagenet_attr.path", "coco.path", "output"}  # where things lie
-SAID |= {"num_workers", "use_gpu", "ocr.engine", "ocr.num_gpus_per_actor"}  # on which machines
+SAID |= {"num_workers", "use_gpu", "max_concurrent", "ocr.engine", "ocr.num_actors", "ocr.num_gpus_per_actor"}  # on which machines
+SAID |= {"ocr.decode_threads", "ocr.batch", "train.decode_threads", "train.read_threads", "train.checkpoint_minutes"}
 SAID |= {"experiment"}  # the recipe, which stands in conf/
 SECRET = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|\b[0-9a-f]{32,}\b|\b[A-Za-z0-9+]{40,}\b|://[^/\s]*:[^/\s]*@")
 
@@ -71,9 +74,10 @@ def project() -> dict[str, Any]:
 
 
 def raysys_calls(file: Path) -> list[list[str]]:
-    """Words of every ``python -m raysys``; a shell's variables as a path."""
+    """Words of every ``python -m raysys``; of a shell's variables those in upper case as a path, those in lower case as a number."""
     text = load(file)["spec"].get("entrypoint", "") if file in KUBERAY else file.read_text().replace("\\\n", " ")
-    calls = re.findall(r"python -m raysys (.*)", re.sub(r"\$\{?\w+\}?", "/mnt/somewhere", text))
+    text = re.sub(r"\$\{?[A-Z_]+\}?", "/mnt/somewhere", re.sub(r"\$\{?[a-z_]+\}?", "11", text))
+    calls = re.findall(r"python -m raysys (.*)", text)
     return [shlex.split(call) for call in calls]
 
 
@@ -112,8 +116,9 @@ def test_words_compose_and_name_machines_and_paths_only(file: Path) -> None:
 
 @each(FILES)
 def test_no_hyper_parameter_occurs(file: Path) -> None:
+    text = re.sub(r"\btrain\.(decode_threads|read_threads|checkpoint_minutes)=", "", file.read_text())  # words on machines
     assert not re.search(
-        r"\b(train|optim|augment|order|policy|towers)\.\w+\s*[=:]|global_batch|micro_batch|\blr\b|samples_seen", file.read_text()
+        r"\b(train|optim|augment|order|policy|towers)\.\w+\s*[=:]|global_batch|micro_batch|\blr\b|samples_seen", text
     )
 
 
@@ -159,13 +164,36 @@ def test_cluster_keeps_token_versions_and_recovery() -> None:
     assert len({pod["containers"][0]["image"] for pod in pods(spec)}) == 1
 
 
-def test_ray_reads_an_idle_head_a_driver_group_and_a_gpu_group() -> None:
+def test_ray_reads_an_idle_head_a_driver_group_a_gpu_group_and_a_cpu_group() -> None:
     manifest = load(CLUSTER / "kuberay" / "raycluster.yaml")
     manifest["metadata"]["namespace"] = "default"
     groups = _derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"]
     has = {name: {key for key, amount in group["resources"].items() if amount > 0} for name, group in groups.items()}
-    assert has == {"headgroup": {"memory"}, "driver": {"CPU", "memory", "driver"}, "gpu": {"CPU", "GPU", "memory"}}
-    assert (groups["gpu"]["min_workers"], groups["driver"]["min_workers"]) == (0, 1)
+    workers = {"driver": {"CPU", "memory", "driver"}, "gpu": {"CPU", "GPU", "memory"}, "cpu": {"CPU", "memory"}}
+    assert has == {"headgroup": {"memory"}} | workers
+    limits = {name: (groups[name]["min_workers"], groups[name]["max_workers"]) for name in workers}
+    assert limits == {"driver": (1, 4), "gpu": (0, 8), "cpu": (0, 16)}
+
+
+def test_a_driver_counts_no_more_cpus_than_its_pod_has() -> None:
+    spec = cluster_spec(CLUSTER / "kuberay" / "raycluster.yaml")
+    pod = {group["groupName"]: group for group in spec["workerGroupSpecs"]}["driver"]
+    assert pod["resources"]["CPU"] == pod["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+
+
+@each(JOBS)
+def test_a_jobs_words_fit_the_gpu_machines(file: Path) -> None:
+    group = {group["groupName"]: group for group in cluster_spec(file)["workerGroupSpecs"]}["gpu"]
+    has = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    cpus, gpus = int(has["cpu"]), int(has["nvidia.com/gpu"])
+    ((verb, *words),) = raysys_calls(file)
+    cfg = compose_config(verb, words)
+    if verb == "annotate":
+        assert (cfg.ocr.num_actors, gpus * cfg.ocr.decode_threads) == (group["maxReplicas"] * gpus, cpus)
+    else:
+        assert gpus * cfg.train.decode_threads <= cpus
+    if verb == "sweep":  # beside one evaluator
+        assert cfg.max_concurrent == (group["maxReplicas"] * gpus - 1) // cfg.num_workers
 
 
 def test_groups_keep_the_operators_rules() -> None:
@@ -211,16 +239,26 @@ def test_kubernetes_refuses_what_was_left_to_replace() -> None:
         assert not re.fullmatch(r"[a-z0-9./:_-]+", container["image"].split(":")[0])  # repositories are lower case
         assert not re.fullmatch(r"[a-z0-9.-]+", container["envFrom"][0]["secretRef"]["name"])
         assert not any(label.fullmatch(key) for key in pod["nodeSelector"])
-    gpu = pods(spec)[2]
-    assert {toleration["key"] for toleration in gpu["tolerations"]} > {"nvidia.com/gpu"}
-    assert gpu["containers"][0]["lifecycle"]["preStop"] and gpu["terminationGracePeriodSeconds"] <= 30
+    _, _, gpu, cpu = pods(spec)
+    on_spot, on_gpu = ({toleration["key"] for toleration in pod["tolerations"]} for pod in (cpu, gpu))
+    assert on_gpu == on_spot | {"nvidia.com/gpu"} and on_spot == {"REPLACE-ME/spot"}
+    for pod in (gpu, cpu):
+        assert pod["containers"][0]["lifecycle"]["preStop"] and pod["terminationGracePeriodSeconds"] <= 30
+
+
+@each(JOBS)
+def test_a_jobs_first_lines_name_its_file_and_its_job(file: Path) -> None:
+    name = load(file)["metadata"]["name"]
+    follow = f"kubectl wait --for=create job/{name} --timeout=30m && kubectl logs -f --tail=-1 job/{name}"
+    assert f"kubectl create -f {file.relative_to(ROOT)} && {follow}\n" in file.read_text()
+    assert f"kubectl delete rayjob {name} first" in file.read_text()
 
 
 @each(JOBS)
 def test_a_job_has_its_driver_on_a_driver_node_and_is_tried_again(file: Path) -> None:
     spec = load(file)["spec"]
     assert json.loads(spec["entrypointResources"]) == {"driver": 1}
-    assert spec["submissionMode"] == "K8sJobMode" and spec["backoffLimit"] > 0
+    assert spec["submissionMode"] == "K8sJobMode" and spec["backoffLimit"] == 1
     assert spec["shutdownAfterJobFinishes"] is True and "activeDeadlineSeconds" not in spec
 
 
@@ -235,7 +273,8 @@ def test_ray_up_takes_the_machines(file: Path) -> None:
     assert nodes[config["head_node_type"]]["resources"] == {"CPU": 0}
     assert nodes["driver"]["resources"]["driver"] > 0 and "driver" not in nodes["gpu"]["resources"]
     assert nodes["gpu"]["min_workers"] == 0 < nodes["gpu"]["resources"]["GPU"]
-    assert config["max_workers"] >= sum(nodes[name]["max_workers"] for name in ("driver", "gpu"))
+    assert (nodes["cpu"]["min_workers"], nodes["cpu"]["max_workers"], list(nodes["cpu"]["resources"])) == (0, 16, ["CPU"])
+    assert config["max_workers"] >= sum(nodes[name]["max_workers"] for name in ("driver", "gpu", "cpu"))
 
 
 @each(VMS)
@@ -288,7 +327,7 @@ def test_a_batch_script_names_each_variable_that_is_not_set(file: Path) -> None:
 
 
 RAY = """#!/bin/bash
-printf '%s ' "$@" > "$SEEN/ray"
+printf '%s ' "$@" > "$SEEN/ray"; mkdir -p "$RAY_TMPDIR"
 stat -c %a "$RAY_AUTH_TOKEN_PATH" > "$SEEN/mode"; cp "$RAY_AUTH_TOKEN_PATH" "$SEEN/token"; env > "$SEEN/environment"
 [[ -n ${NO_HEAD:-} ]] && exit 0    # so does Ray's
 while [[ $1 != -- ]]; do shift; done; shift; "$@"
@@ -302,13 +341,15 @@ exit "${STATUS:-0}"
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done; "$@"
 """
+JOB = f"of-a-test-{os.getpid()}"
+LOGS = Path(f"/tmp/ray-{JOB}")
 SCONTROL = """#!/bin/bash
 echo "$@" > "$SEEN/requeued"
 """
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment of a job of two nodes on a Slurm whose srun, and on a Ray whose symmetric-run, just run the command here."""
     bin_dir = tmp_path / "env" / "bin"
     bin_dir.mkdir(parents=True)
@@ -325,20 +366,25 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }
     words = {"CORPUS": "/data/train-{0..9}.tar", "ANNOTATIONS": "/data/A", "OUTPUT": "/data/my run"}
     machines = {
-        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_ID": JOB,
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_ON_NODE": "96",
         "SLURM_GPUS_ON_NODE": "8",
         "HEAD": "10.0.0.1",
     }
-    return {key: str(value) for key, value in (ours | words | machines).items()} | {
+    other = {
+        "IMAGENET": "/data/I",
+        "IMAGENET_ATTR": "/data/T",
+        "COCO": "/data/C",
         "RAY_ADDRESS": "elsewhere:1",
         "RAY_AUTH_TOKEN": "other",
     }
+    yield {key: str(value) for key, value in (ours | words | machines | other).items()}
+    shutil.rmtree(LOGS, ignore_errors=True)
 
 
-def submit(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", CLUSTER / "slurm" / "train.sbatch"], env=env, capture_output=True, text=True)
+def submit(env: dict[str, str], verb: str = "train") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", CLUSTER / "slurm" / f"{verb}.sbatch"], env=env, capture_output=True, text=True)
 
 
 def test_a_batch_job_runs_the_verb_on_its_own_ray(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -379,7 +425,45 @@ def test_a_batch_job_out_of_time_queues_itself_again(slurm: dict[str, str], tmp_
             assert job.wait(timeout=20) == 3  # not before the verb ends
         finally:
             job.kill()
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert (tmp_path / "requeued").read_text() == f"requeue {JOB}\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "cpus", "gpus", "threads"), [("train", 96, 8, 11), ("train", 8, 8, 1), ("annotate", 96, 8, 12), ("annotate", 4, 8, 1)]
+)
+def test_a_batch_job_shares_the_cpus_of_a_node_among_its_gpus(
+    slurm: dict[str, str], tmp_path: Path, verb: str, cpus: int, gpus: int, threads: int
+) -> None:
+    job = submit(slurm | {"SLURM_CPUS_ON_NODE": str(cpus), "SLURM_GPUS_ON_NODE": str(gpus)}, verb)
+    assert (job.returncode, job.stderr) == (0, "")
+    key = {"train": "train.decode_threads", "annotate": "ocr.decode_threads"}[verb]
+    assert f"{key}={threads}" in (tmp_path / "verb").read_text().splitlines()
+
+
+@pytest.mark.parametrize("verb", ["annotate", "train"])
+def test_a_batch_job_without_gpus_says_how_to_ask_for_them(slurm: dict[str, str], verb: str) -> None:
+    job = submit({key: value for key, value in slurm.items() if key != "SLURM_GPUS_ON_NODE"}, verb)
+    assert job.returncode == 1 and "SLURM_GPUS_ON_NODE: ask for GPUs, as --gpus-per-node=8" in job.stderr
+
+
+@each(BATCH)
+def test_a_batch_job_from_elsewhere_than_the_checkout_says_so(slurm: dict[str, str], tmp_path: Path, file: Path) -> None:
+    job = submit(slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)}, file.stem)
+    assert (job.returncode, job.stderr) == (2, f"{tmp_path} is not raysys's checkout: cd there, then sbatch\n")
+
+
+@each(BATCH)
+def test_a_batch_job_without_a_ray_in_its_environment_says_so(slurm: dict[str, str], tmp_path: Path, file: Path) -> None:
+    (tmp_path / "env" / "bin" / "ray").unlink()
+    job = submit(slurm, file.stem)
+    assert job.returncode == 2 and job.stderr.startswith(f"RAYSYS_ENV={tmp_path / 'env'} holds no bin/ray: ")
+    assert job.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("status", ["0", "1"])
+def test_rays_logs_stay_on_the_nodes_only_where_a_batch_job_failed(slurm: dict[str, str], status: str) -> None:
+    assert submit(slurm | {"STATUS": status}).returncode == int(status)
+    assert LOGS.exists() == (status != "0")
 
 
 # ---- the image -----------------------------------------------------------------------------------------------------------

@@ -84,11 +84,13 @@ def test_a_strangers_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_relative_output_in_a_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
-    job.mkdir(parents=True)
-    monkeypatch.chdir(job)
-    with pytest.raises(UserError, match="Ray deletes"):
-        open_output("out", "train", {})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as Ray sets it for a job's process
+    monkeypatch.chdir(tmp_path)
+    for output in ("out", "../out", "./a/b"):
+        with pytest.raises(UserError, match="Ray deletes"):
+            open_output(output, "train", {})
+    assert not list(tmp_path.iterdir())
+    open_output(str(tmp_path / "out"), "train", {})
 
 
 def test_write_is_whole_and_leaves_no_rest(tmp_path: Path) -> None:

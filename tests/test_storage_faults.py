@@ -229,6 +229,7 @@ CALLS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "names": (lambda url: list_names(os.path.dirname(url)), ["0.tar"]),
     "find": (lambda url: [file.path for file in find_files(os.path.dirname(url), (".tar",))[1]], ["0.tar"]),
     "glob": (lambda url: [file.path for file in find_files(f"{os.path.dirname(url)}/*.tar", (".tar",))[1]], ["0.tar"]),
+    "glob over folders": (lambda url: [f.path for f in find_files(f"{url.rsplit('/', 2)[0]}/*/*.tar", (".tar",))[1]], ["0.tar"]),
     "exists": (exists, True),
     "identity": (lambda url: identity(url).split(":")[0], str(len(DATA))),
 }

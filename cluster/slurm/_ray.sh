@@ -4,12 +4,21 @@
 # Also HEAD, the first node's address, where `hostname -I` does not begin with the one that the others reach. Files: $HOME on every node.
 : "${RAYSYS_ENV:?set RAYSYS_ENV to a virtual environment with raysys that every node sees}"
 : "${SLURM_JOB_ID:?start this with sbatch}"
+if [[ ! -x $RAYSYS_ENV/bin/ray ]]; then
+  echo "RAYSYS_ENV=$RAYSYS_ENV holds no bin/ray: it must be a virtual environment with raysys that every node sees" >&2
+  exit 2
+fi
+
+threads_per_gpu() { # CPUs of a node for each of its GPUs, less $1 for other work; at least 1
+  local threads=$((${SLURM_CPUS_ON_NODE:?} / ${SLURM_GPUS_ON_NODE:?ask for GPUs, as --gpus-per-node=8} - $1))
+  echo $((threads > 1 ? threads : 1))
+}
 
 on_ray() {
   local nodes=${SLURM_JOB_NUM_NODES:?} cpus=${SLURM_CPUS_ON_NODE:?} gpus=${SLURM_GPUS_ON_NODE:-0} status=0 step ended
   HEAD=${HEAD:-$(hostname -I | cut -d ' ' -f 1)} # this script runs on the first node
   export PATH="$RAYSYS_ENV/bin:$PATH" RAY_USAGE_STATS_ENABLED=0
-  export RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID" # on each node; short, for sockets lie there; logs stay there
+  export RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID" # on each node; short, for sockets lie there
   export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600 # s until all nodes must be up
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HOME/.ray/raysys-$SLURM_JOB_ID.token"
   unset RAY_ADDRESS RAY_AUTH_TOKEN # of another cluster
@@ -35,6 +44,9 @@ on_ray() {
   if ((status == 0)) && [[ ! -e $ended ]]; then
     echo "Ray did not come up on $HEAD" >&2
     status=1
+  fi
+  if ((status == 0)); then # else Ray's logs stay there, to be read
+    srun --no-kill --ntasks-per-node=1 --time=2 rm -rf "$RAY_TMPDIR" || true
   fi
   return "$status"
 }

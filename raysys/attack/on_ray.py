@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -17,10 +18,11 @@ import ray
 from raysys.attack.drawing import Font, check_characters, read_fonts
 from raysys.attack.layouts import PARTS_FOLDER, Job, Row, from_parquet, target_names, to_parquet, units_of, write_lists, write_unit
 from raysys.attack.written import CONFUSIONS, NEAREST, RANDOM, choose_written, nearest_classes
-from raysys.cluster import Need, check_storage, make_room, num_cpus, ray_session, watched
+from raysys.cluster import check_storage, make_room, num_cpus, ray_session, refuse_other_storage, watched
 from raysys.config import AttackConfig, AttackSettings
 from raysys.evaluation.class_sets import ATTACK_FILE, ClassSet, read_class_set
 from raysys.progress import Progress
+from raysys.room import Need
 from raysys.storage import (
     Output,
     UserError,
@@ -64,7 +66,7 @@ def attack(cfg: AttackConfig) -> str:
         nearest = _nearest(cfg.attack, clean, written, parts)
         classes = [nearest[label] if w is None else w for label, w in zip(clean.labels, written, strict=True)]
         units = units_of(clean, classes)
-        with ray_session(cfg.ray):
+        with _forgotten_unless_begun(output, parts), ray_session(cfg.ray):
             need = Need("attack", [{"CPU": 1}])
             make_room(need, cfg.ray.wait_minutes)
             check_storage(output.path, {"imagenet.path": str(cfg.imagenet.path)})
@@ -77,6 +79,17 @@ def attack(cfg: AttackConfig) -> str:
     print(f"result: {mask(output.path)}")
     print(f"next:   {_next(cfg, output)}")
     return output.path
+
+
+@contextmanager
+def _forgotten_unless_begun(output: Output, parts: str) -> Iterator[None]:
+    """A mistake that is found before the first picture leaves nothing that would refuse other words."""
+    try:
+        yield
+    except UserError:
+        if not [name for name in list_names(parts) if name.endswith(".parquet")]:
+            output.forget()
+        raise
 
 
 def _nearest(settings: AttackSettings, clean: ClassSet, written: Sequence[int | None], parts: str) -> dict[int, int]:
@@ -122,6 +135,7 @@ def _draw(
 @ray.remote(num_cpus=1)
 def _draw_unit(unit: list[Job], layout: str, folder: str, settings: AttackSettings, fonts: list[Font], part: str) -> bytes:
     """The unit's rows as a Parquet file, which is written last: where it is, its pictures are."""
+    refuse_other_storage(folder)
     rows = to_parquet(write_unit(unit, layout, folder, settings, fonts))
     write_bytes(part, rows)
     return rows

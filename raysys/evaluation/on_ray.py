@@ -19,12 +19,13 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysys.cluster import SLACK, Need, check_storage, live_nodes, make_room, ray_session, settled_nodes
+from raysys.cluster import TELL_EVERY_S, check_storage, live_nodes, make_room, ray_session, settled_nodes, what_is_free
 from raysys.config import EVALUATORS, EvaluateConfig, ModelConfig, QuestionsConfig, ServiceConfig
 from raysys.evaluation.evaluator import Embeddings, Evaluator, SetConfig, SetResult, read_set
 from raysys.evaluation.results import lines, read_results, result_file, write_comparison, write_result
 from raysys.models import LoadedModel, check_model, load_model, model_name, portable
-from raysys.progress import Progress
+from raysys.progress import Progress, duration
+from raysys.room import Need, num_that_fit
 from raysys.storage import Output, UserError, WorkFailed, absolute, exists, list_names, mask, open_output, read_json, settings_of
 
 GPU_SERVICE_CPUS = 4.0
@@ -82,6 +83,7 @@ class _EvaluatorActor:
 
     def _load(self, source: Spec | Trained) -> LoadedModel:
         if isinstance(source, Spec):
+            torch.manual_seed(0)  # pretrained=random: all actors draw the same
             return load_model(source.model, source.pretrained, device=self._device)
         loaded = deepcopy(ray.get(source.blueprint))  # what comes from Ray's object store is read-only
         weights: Any = ray.get(source.weights)
@@ -184,31 +186,34 @@ def bundles_beside(service: ServiceConfig) -> list[dict[str, float]]:
     return [{"CPU": cpus_beside(service), "GPU": service.num_gpus_per_actor}] * num_actors_beside(service)
 
 
-def _whole_cluster(service: ServiceConfig, wait_minutes: float | None) -> list[dict[str, Any]]:
+def _need(service: ServiceConfig) -> Need:
+    """The fewest evaluators that will do."""
+    number = max(service.num_actors, 1)
+    return Need(f"evaluate with {number} evaluators", [{"CPU": 1.0, "GPU": service.num_gpus_per_actor}] * number)
+
+
+def _whole_cluster(service: ServiceConfig, wait_minutes: float | None, *, was_there: bool) -> list[dict[str, Any]]:
     """Ray's options of actors that take every GPU share that is free, or without GPUs every free CPU.
 
+    :param was_there: a node was lost: what is missing now may come back.
     :raises UserError: where ``service`` asks for more than there is.
     """
-    share, asked = service.num_gpus_per_actor, service.num_actors
-    one = [{"CPU": 1.0, "GPU": share}]
-    make_room(Need(f"evaluate with {max(asked, 1)} evaluators", one * max(asked, 1)), wait_minutes)
-    cpus: dict[str, int] = {}
-    fit: dict[str, int] = {}
-    for node in settled_nodes():
-        free, gpus = int(node.free.get("CPU", 0) + SLACK), node.free.get("GPU", 0) + SLACK
-        here = min(free, int(gpus / share) if share >= 1 else int(gpus) * int(1 / share)) if share else free
-        if here > 0:
-            cpus[node.id], fit[node.id] = free, here
-    num = asked or (sum(fit.values()) if share else len(fit))
+    share, fit = service.num_gpus_per_actor, dict[str, int]()
+    while not fit:  # others may be quicker
+        make_room(_need(service), wait_minutes, was_there=was_there)
+        free = {node.id: node.free for node in settled_nodes()}
+        numbers = {node_id: num_that_fit([{"CPU": 1.0, "GPU": share}], [there]) for node_id, there in free.items()}
+        fit = {node_id: number for node_id, number in numbers.items() if number}
+    most = sum(fit.values())
+    num = min(service.num_actors, most) or (most if share else len(fit))
     actors = dict.fromkeys(fit, 0)
     for _ in range(num):  # each where most is free
         actors[max(fit, key=lambda node_id: (fit[node_id] - actors[node_id]) / fit[node_id])] += 1
     return [
-        # if its node dies, elsewhere
         {
-            "num_cpus": cpus[node_id] // number,
+            "num_cpus": int(free[node_id]["CPU"]) // number,
             "num_gpus": share,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),  # if its node dies, elsewhere
         }
         for node_id, number in actors.items()
         for _ in range(number)
@@ -251,20 +256,20 @@ def evaluate(cfg: EvaluateConfig) -> str:
         try:
             if any(todo.values()):
                 with ray_session(cfg.ray):
-                    check_storage(None, inputs_of(sets))
-                    for model in models.values():
-                        check_storage(None, files_of(model.model, model.pretrained))
+                    lost = False
                     while any(todo.values()):
-                        slots = _whole_cluster(cfg.service, cfg.ray.wait_minutes)
+                        slots = _whole_cluster(cfg.service, cfg.ray.wait_minutes, was_there=lost)
+                        check_storage(None, inputs_of(sets) | _model_files(models))
                         pool = EvaluatorPool(sets, cfg.service, slots, threads=min(slot["num_cpus"] for slot in slots))
                         try:
                             for name, result in _ask(pool, models, todo, _nodes_of(slots)):
                                 write_result(output, name, models[name], cfg.service, result, fingerprints[result.evaluator])
                                 todo[name].remove(result.evaluator)
                             num_decoded = pool.num_decoded()
-                        except _NodeLost as lost:
+                        except _NodeLost as gone:
+                            lost = True
                             print(
-                                f"evaluate: node {lost} is gone; what is not answered is asked again", file=sys.stderr, flush=True
+                                f"evaluate: node {gone} is gone; what is not answered is asked again", file=sys.stderr, flush=True
                             )
                         pool.close()
         except UserError:
@@ -303,6 +308,14 @@ def files_of(model: str, pretrained: str | None) -> dict[str, str]:
     words = zip(("model", "pretrained"), portable(model, pretrained), strict=True)
     paths = {key: word.removeprefix("local-dir:") for key, word in words if word is not None}
     return {key: path for key, path in paths.items() if exists(path)}
+
+
+def _model_files(models: dict[str, ModelConfig]) -> dict[str, str]:
+    return {
+        f"models.{name}.{key}": path
+        for name, model in models.items()
+        for key, path in files_of(model.model, model.pretrained).items()
+    }
 
 
 def models_of(cfg: EvaluateConfig) -> dict[str, ModelConfig]:
@@ -347,7 +360,7 @@ def _ask(
 def _show(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str]) -> None:
     """A line of progress for each unit, until the answer is there. :raises _NodeLost: where it may never come."""
     shown: dict[str, Progress] = {}
-    there, look = False, time.monotonic()
+    there, look, heard = False, time.monotonic(), time.monotonic()
     while not there:
         there = bool(ray.wait([asked.result], timeout=0.5)[0])
         if not there and time.monotonic() > look:
@@ -355,12 +368,19 @@ def _show(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str]) -
             lost = used.keys() - {node.id for node in live_nodes()}
             if lost:
                 raise _NodeLost(used[min(lost)])
+            if time.monotonic() - heard > TELL_EVERY_S:
+                heard = time.monotonic()
+                everything = Need("", [{"CPU": 1, "GPU": 1}])
+                print(
+                    f"{label}: nothing heard for {duration(TELL_EVERY_S)}; {what_is_free(everything)}", file=sys.stderr, flush=True
+                )
         for unit, (done, total) in pool.done(asked).items():
             if unit not in shown:
                 for before in shown.values():
                     before.close()
                 shown[unit] = Progress(label, total, unit)
             if done > shown[unit].done:
+                heard = time.monotonic()
                 shown[unit].advance(done - shown[unit].done)
     for last in list(shown.values())[-1:]:
         last.close()

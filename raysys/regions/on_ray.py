@@ -7,6 +7,7 @@ writes Parquet files whole or not at all. A shard is done when its file is there
 from __future__ import annotations
 
 import itertools
+import shlex
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy
 
-from raysys.cluster import Need, check_storage, make_room, num_that_fit, on_this_node, ray_session, settled_nodes, watched
+from raysys.cluster import check_storage, make_room, on_this_node, ray_session, refuse_other_storage, settled_nodes, watched
 from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig, RayConfig
 from raysys.corpus.samples import Plan
 from raysys.corpus.shards import Corpus, Shard, absolute_corpus, first_shards, open_corpus, plan_parts, refuse_output_in_corpus
@@ -25,6 +26,7 @@ from raysys.regions.annotations import AnnotationFiles, Counts, Head, read_heads
 from raysys.regions.annotator import Annotator
 from raysys.regions.models import find_models
 from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, plan_units, unit_bytes
+from raysys.room import Need, num_that_fit
 from raysys.storage import (
     Output,
     UserError,
@@ -94,6 +96,7 @@ class UnitAnnotator:
         self._files, self._tally = files, tally
         self._annotator: Annotator | Exception
         try:
+            refuse_other_storage(files.folder)
             self._annotator = Annotator(ocr)
         except Exception as error:  # raised by the first call: an actor that dies at birth is born again by Ray, without end
             self._annotator = error
@@ -106,9 +109,7 @@ class UnitAnnotator:
         try:
             result = annotate_unit(Unit.from_json(row["unit"]), self._annotator, self._files, self._tally.add.remote)
         except OSError as error:  # what is raised reaches the driver as Ray's error, without its cause
-            if not is_final(error):
-                raise
-            return _row(ended=str(explained(error)))
+            return _row_of(error)
         return _row(result=result.to_json())
 
 
@@ -117,24 +118,43 @@ def _row(*, result: str = "", refused: str = "", ended: str = "") -> dict[str, A
     return {"result": result, "refused": refused, "ended": ended}
 
 
+def _refuse(row: dict[str, Any]) -> None:
+    """:raises UserError, WorkFailed: where an actor's answer says so."""
+    if row["refused"]:
+        raise UserError(row["refused"])
+    if row["ended"]:
+        raise WorkFailed(row["ended"])
+
+
+def _row_of(error: OSError) -> dict[str, Any]:
+    if is_final(error):
+        return _row(ended=str(explained(error)))
+    if isinstance(error, PermissionError):
+        return _row(refused=f"{error.filename or ''}: {error.strerror}")
+    raise error
+
+
 def annotate(cfg: AnnotateConfig) -> None:
     refuse_output_in_corpus("output", cfg.output, cfg.corpus)
     corpus = open_corpus(cfg.corpus)
     models = find_models(cfg.ocr)
     settings = settings_of(cfg) | {"models": models.sha256()}
-    settings["corpus"] = asdict(absolute_corpus(cfg.corpus)) | {"roots": corpus.roots, "roots_mark": fingerprint(corpus.roots)}
+    settings["corpus"] = asdict(absolute_corpus(cfg.corpus)) | {"roots": corpus.roots}
     pool = {key: settings["ocr"].pop(key) for key in POOL_KEYS}
-    output = open_output(cfg.output, "annotate", settings | {"pool": pool}, not_in_fingerprint=("pool", "corpus"))
+    mark = fingerprint(corpus.roots)  # roots may hold variables, which are written as such
+    free = {"pool": pool, "roots_mark": mark}
+    output = open_output(cfg.output, "annotate", settings | free, not_in_fingerprint=(*free, "corpus"))
     files = AnnotationFiles(output.path, output.fingerprint)
     todo, changed = shards_to_do(corpus, output)
-    _remember_where_it_lies(settings["corpus"], output)
+    _remember_where_it_lies({"corpus": settings["corpus"], "roots_mark": mark}, output)
     _say_what_is_done(corpus, todo, changed)
     done = Done()
     if todo:
         remove_file(output.join("manifest.json"))  # of an earlier call, before the corpus grew or changed
-        with ray_session(cfg.ray):
+        with _forgotten_unless_begun(output), ray_session(cfg.ray):
+            actors = _find_room(cfg.ocr, cfg.ray)
             check_storage(output.path, first_shards(corpus.roots, (shard.name for shard in corpus.shards)))
-            done = _annotate_shards(cfg.ocr, todo, files, cfg.ray)
+            done = _annotate_shards(cfg.ocr, todo, files, actors)
     if todo or not _is_counted(output):
         output.finish(counts_of(files, done))
         remove_folder(output.join("_parts"))
@@ -159,9 +179,19 @@ def _find_room(ocr: OcrConfig, cfg: RayConfig) -> int:
     return ocr.num_actors or max(fit, 1)
 
 
-def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles, cfg: RayConfig) -> Done:
+@contextmanager
+def _forgotten_unless_begun(output: Output) -> Iterator[None]:
+    """A mistake that is found before the first shard leaves nothing that would refuse other words."""
+    try:
+        yield
+    except UserError:
+        if not list_names(output.join("shards")) and not list_names(output.join("_parts")):
+            output.forget()
+        raise
+
+
+def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles, actors: int) -> Done:
     """:returns: the shards that this call finished. :raises UserError: at the end, where storage would not give one."""
-    actors = _find_room(ocr, cfg)
     limit = unit_bytes(shards, actors=actors, unit_mb=ocr.unit_mb)
     plans = _cut(large_shards(shards, limit), files, limit)
     units = plan_units(shards, plans, files, limit)
@@ -171,10 +201,7 @@ def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles
     with watched(Need("annotate", [_bundle(ocr)])), _progress(shards, tally) as finished:
         while wave := list(itertools.islice(units, WAVE)):
             for row in _pool(wave, min(actors, len(wave)), ocr, files, tally):
-                if row["refused"]:
-                    raise UserError(row["refused"])
-                if row["ended"]:
-                    raise WorkFailed(row["ended"])
+                _refuse(row)
                 result = UnitResult.from_json(row["result"])
                 for name, head in result.done.items():
                     done.add(name, head)
@@ -212,9 +239,7 @@ def _cut(shards: list[Shard], files: AnnotationFiles, limit: int) -> dict[str, P
         try:
             files.save_plan(shard, plan_parts(shard.path, limit))
         except OSError as error:
-            if not is_final(error):
-                raise
-            return _row(ended=str(explained(error)))
+            return _row_of(error)
         return _row()
 
     plans = files.plans(shards)
@@ -222,8 +247,7 @@ def _cut(shards: list[Shard], files: AnnotationFiles, limit: int) -> dict[str, P
     for first in range(0, len(new), WAVE):
         rows = [{"unit": Unit([shard]).to_json()} for shard in new[first : first + WAVE]]
         for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(cut).iter_rows():
-            if row["ended"]:
-                raise WorkFailed(row["ended"])
+            _refuse(row)
     return plans | files.plans(new)  # one that changed just now has none and is read whole
 
 
@@ -239,9 +263,9 @@ def shards_to_do(corpus: Corpus, output: Output) -> tuple[list[Shard], list[Shar
     except UserError:
         return corpus.shards, []  # nothing is there yet
     done = {file.path.removesuffix(".parquet"): file.modified for file in written}
-    corpus_then = read_json(output.join("settings.json"))["settings"]["corpus"]
-    then = corpus_then["roots"]
-    moved = corpus_then.get("roots_mark", fingerprint(then)) != fingerprint(corpus.roots)
+    saved = read_json(output.join("settings.json"))["settings"]
+    then = saved["corpus"]["roots"]
+    moved = saved.get("roots_mark", fingerprint(then)) != fingerprint(corpus.roots)
     doubtful = [s for s in corpus.shards if s.name in done and (moved or s.modified > done[s.name] - CLOCK_SLACK_S)]
     heads = read_heads([output.join("shards", f"{shard.name}.parquet") for shard in doubtful])
     changed = [shard for shard, head in zip(doubtful, heads, strict=True) if head.identity != shard.identity]
@@ -257,8 +281,8 @@ def shards_to_do(corpus: Corpus, output: Output) -> tuple[list[Shard], list[Shar
 def _remember_where_it_lies(words: dict[str, Any], output: Output) -> None:
     """Where a corpus moved, the next verbs must look for it there."""
     saved = read_json(output.join("settings.json"))
-    if saved["settings"]["corpus"].get("roots_mark") != words["roots_mark"]:
-        saved["settings"] |= as_written({"corpus": words})
+    if saved["settings"].get("roots_mark") != words["roots_mark"]:
+        saved["settings"] |= as_written(words)
         write_json(output.join("settings.json"), saved)
 
 
@@ -279,6 +303,11 @@ def counts_of(files: AnnotationFiles, done: Done) -> dict[str, Any]:
         if head.fingerprint != files.fingerprint:
             raise UserError(f"{mask(files.shard_file(name))}: made with other settings; delete it and run the same words again")
         done.add(name, head)
+    lost = done.names - set(names)
+    if lost:
+        raise UserError(
+            f"{len(lost)} of {len(done.names)} shards were annotated and are not there, {min(lost)} first; run the same words again"
+        )
     if done.counts.samples == 0:
         reasons = ", ".join(sorted(set(done.damaged.values()))) or "the shards are empty"
         raise UserError(f"no sample could be read from {len(names)} shards ({reasons}); is this the right corpus?")
@@ -343,4 +372,4 @@ def _print_summary(output: Output) -> None:
     if len(damaged) > MOST_DAMAGED:
         print(f"annotate: and {len(damaged) - MOST_DAMAGED} more damaged shards; {mask(output.join('manifest.json'))} names them")
     print(f"result: {mask(output.path)}")
-    print(f"next:   raysys filter annotations={mask(output.path)} policy=paper output=SELECTION")
+    print(f"next:   raysys filter annotations={shlex.quote(mask(output.path))} policy=paper output=SELECTION")

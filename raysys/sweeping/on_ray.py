@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -27,11 +28,9 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raysys.cluster import (
-    Need,
     check_storage,
     make_room,
     num_cpus,
-    num_that_fit,
     on_this_node,
     only_here,
     ray_session,
@@ -44,6 +43,7 @@ from raysys.evaluation.evaluator import SetConfig
 from raysys.evaluation.metrics import PRIMARY
 from raysys.evaluation.on_ray import EvaluatorPool, Spec, bundles_beside, cpus_beside, evaluator_sets, inputs_of, pool_beside
 from raysys.progress import Progress, duration
+from raysys.room import Need, num_that_fit
 from raysys.storage import (
     Output,
     UserError,
@@ -98,8 +98,9 @@ def sweep(cfg: SweepConfig) -> None:
     try:
         if plan.num_to_come:
             with ray_session(cfg.ray):
-                check_storage(output.path, first_shards(corpus.roots, (shard.name for shard in corpus.shards)) | inputs_of(sets))
-                num_decoded = _run(cfg, base, sets, plan, output)
+                num_decoded = _run(
+                    cfg, base, sets, plan, output, first_shards(corpus.roots, (shard.name for shard in corpus.shards))
+                )
         else:
             print(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
     finally:
@@ -111,19 +112,22 @@ def sweep(cfg: SweepConfig) -> None:
         _tell_results(plan, output, num_decoded)
 
 
-def _run(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], plan: Plan, output: Output) -> dict[str, int]:
-    """:returns: set -> pictures that were decoded; those that lay decoded on disk don't count."""
+def _run(
+    cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], plan: Plan, output: Output, shards: dict[str, str]
+) -> dict[str, int]:
+    """:param shards: one of each source. :returns: set -> pictures that were decoded; those that lay decoded on disk don't count."""
+    plan.judge()  # hours, of a billion rows: no GPU is asked for before
     concurrent = _concurrent(cfg, base, plan.num_to_come)
-    plan.judge()
+    check_storage(output.path, shards | inputs_of(sets))
     lock = None if cfg.dry_run else RunLock.take(output.path)
     pool = pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service))))
-    _tell_cost(cfg, plan, output, pool, concurrent)
     before: dict[str, int] = {}
-    if lock is not None:
-        if output.finished:  # with fewer samples or seeds
-            before = read_json(output.join("manifest.json"))["decoded"]
-            remove_file(output.join("manifest.json"))
-        with watched(_need(cfg, base, 1)[0]):
+    with watched(_need(cfg, base, 1)[0]):
+        _tell_cost(cfg, plan, output, pool, concurrent)
+        if lock is not None:
+            if output.finished:  # with fewer samples or seeds
+                before = read_json(output.join("manifest.json"))["decoded"]
+                remove_file(output.join("manifest.json"))
             _run_trials(cfg, plan, output, pool, lock, concurrent)
     num_decoded = pool.num_decoded()
     pool.close()
@@ -136,7 +140,7 @@ def _run(cfg: SweepConfig, base: TrainConfig, sets: dict[str, SetConfig], plan: 
 def _concurrent(cfg: SweepConfig, base: TrainConfig, num_trials: int) -> int:
     """Trials at a time. :raises UserError: where the cluster has no room for them; Ray would wait in silence."""
     need, trial, pool = _need(cfg, base, min(cfg.max_concurrent or 1, num_trials))
-    make_room(need, cfg.ray.wait_minutes)
+    make_room(need, cfg.ray.wait_minutes, enough=[*pool, *trial])  # the other trials begin as there is room
     fit = num_that_fit(trial, [node.free for node in settled_nodes()], beside=pool)
     return min(cfg.max_concurrent or max(fit, 1), num_trials)
 
@@ -146,7 +150,7 @@ def _need(cfg: SweepConfig, base: TrainConfig, trials: int) -> tuple[Need, list[
     workers, pool = base.worker_range[1], bundles_beside(cfg.service)
     trial = [worker_bundle(base)] * workers
     which = f"max_concurrent={trials} trials" if trials > 1 else "a trial"
-    return Need(f"sweep: {which} of {workers} workers beside {len(pool)} evaluators", [*pool, *trial * trials]), trial, pool
+    return Need(f"{which} of {workers} workers beside {len(pool)} evaluators", [*pool, *trial * trials]), trial, pool
 
 
 def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, concurrent: int) -> None:
@@ -503,6 +507,6 @@ def _tell_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> No
         )
     budget = "train.steps" if "steps" in words["train"] and words["train"]["steps"] else "train.samples_seen"
     print(
-        f"next:   raysys report {mask(output.path)}   or, longer or on more data: "
-        f"raysys train config={mask(output.path)}/best.yaml {budget}=N output=RUN"
+        f"next:   raysys report {shlex.quote(mask(output.path))}   or, longer or on more data: "
+        f"raysys train config={shlex.quote(mask(output.path))}/best.yaml {budget}=N output=RUN"
     )

@@ -48,7 +48,7 @@ def read_newest_metrics(run: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     lines = end[: end.rfind(b"\n")].splitlines()
-    whole = lines[1:] if len(end) == TAIL_BYTES else lines  # the first may be the end of a line
+    whole = lines[1:] if len(end) >= TAIL_BYTES else lines  # the first may be the end of a line; a log that grows gives more
     return [json.loads(line) for line in whole]
 
 

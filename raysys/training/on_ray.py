@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +18,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raysys.cluster import Need, check_storage, make_room, num_cpus, on_this_node, ray_session, this_node, watched
+from raysys.cluster import check_storage, make_room, num_cpus, on_this_node, ray_session, this_node, watched
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
 from raysys.corpus.index import SampleIndex
 from raysys.corpus.shards import first_shards
@@ -34,6 +37,7 @@ from raysys.evaluation.on_ray import (
 )
 from raysys.models import LoadedModel, portable
 from raysys.progress import Progress
+from raysys.room import Need
 from raysys.storage import (
     Output,
     UserError,
@@ -58,6 +62,8 @@ from raysys.training.validation import SCORE
 CPUS_PER_WORKER = 0.9
 """Logical CPUs that a worker asks for; below 1, so that a sweep's trial and evaluator fit beside two workers on two cores. One with a GPU
 asks for as many as it has threads that decode."""
+PEER_LOST = ("gloo/transport", "DistBackendError")
+"""In what torch says to a worker whose peer died, which Ray may hear of first."""
 STATE_BYTES = 16
 """Of a worker for a parameter: weight, gradient and AdamW's two moments in fp32."""
 QUESTIONS = ("evaluators", "imagenet", "imagenet_attr", "coco", "retrieval", "typographic", "service")
@@ -75,7 +81,7 @@ def train(cfg: TrainConfig) -> None:
     )
     place = mask(run.path)
     print(f"result: {place}   (open_clip folder: {place}/open_clip, TensorBoard: {place}/tensorboard)")
-    print(f"next:   raysys evaluate model={place} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS")
+    print(f"next:   raysys evaluate model={shlex.quote(place)} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS")
 
 
 Heard = Callable[[int, dict[str, float]], bool]
@@ -119,10 +125,10 @@ def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
         index = choose_samples(cfg, around.evidence or run.path)
         _say_what_is_kept(cfg, index, there)
         with ray_session(cfg.ray):
-            if alone:
-                check_storage(run.path, _inputs(cfg, sets, index))
             need = _need(cfg, index, sets, num_parameters)
-            make_room(need, cfg.ray.wait_minutes)
+            if alone:  # a sweep has looked, and waits for nodes that it loses
+                make_room(need, cfg.ray.wait_minutes)
+                check_storage(run.path, _inputs(cfg, sets, index))
             with watched(need):
                 _fit(cfg, sets, run, index, lock, around, already=there[-1] if there else 0)
         lock.check()
@@ -221,7 +227,7 @@ def _fit(
     of_workers = replace(cfg, model=model, pretrained=pretrained)
     own_pool = pool_beside(sets, cfg.service, threads=max(1, int(cpus_beside(cfg.service)))) if sets else None
     asked = around.pool or own_pool
-    validator = _ServiceValidator(asked) if asked else None
+    validator = _ServiceValidator(asked, cfg.ray.wait_minutes) if asked else None
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -261,10 +267,11 @@ def _fit(
 def _died(error: WorkerGroupError, max_failures: int) -> Exception:
     """What the user is told when Ray gives up: workers that died again and again, or what one of them raised."""
     reasons = list(error.worker_failures.values())
-    raised = [reason for reason in reasons if not isinstance(reason, ray.exceptions.RayError)]
-    if raised:
+    died = [str(reason).strip().splitlines()[0] for reason in reasons if isinstance(reason, ray.exceptions.RayError)]
+    others = [reason for reason in reasons if not isinstance(reason, ray.exceptions.RayError)]
+    if not all(any(words in str(reason) for words in PEER_LOST) for reason in others):
         return error
-    last = str(reasons[0]).strip().splitlines()[0] if reasons else str(error)
+    last = died[0] if died else "the connection to one was lost"
     return WorkFailed(
         f"workers died {max_failures + 1} times, train.max_failures={max_failures} ({last}); the same words go on from the newest checkpoint"
     )
@@ -295,8 +302,9 @@ class _News:
 class _ServiceValidator:
     """:class:`raysys.training.validation.Validator` by the evaluators' actors; it lives in rank 0."""
 
-    def __init__(self, pool: EvaluatorPool) -> None:
+    def __init__(self, pool: EvaluatorPool, wait_minutes: float | None) -> None:
         self.pool = pool
+        self._patience_s = math.inf if wait_minutes is None else 60 * wait_minutes
         self._blueprint: Any = None
 
     def set_model(self, blueprint: LoadedModel) -> None:
@@ -306,11 +314,25 @@ class _ServiceValidator:
         on_cpu = {name: tensor.detach().cpu() for name, tensor in weights.items()}
         return self.pool.ask(Trained(self._blueprint, ray.put(on_cpu)))
 
+    def _wait(self, ticket: list[Asked]) -> bool:
+        """Until all have answered; not longer than the patience for one that does not move: workers may hold what it needs to start again."""
+        results, seen, moved = [asked.result for asked in ticket], None, time.monotonic()
+        while len(ray.wait(results, num_returns=len(results), timeout=min(5.0, self._patience_s))[0]) < len(results):
+            now = [self.pool.done(asked) for asked in ticket]
+            if now != seen:
+                seen, moved = now, time.monotonic()
+            elif time.monotonic() - moved > self._patience_s:
+                return False
+        return True
+
     def answer(self, ticket: list[Asked], *, wait: bool) -> dict[str, float] | str | None:
         results = [asked.result for asked in ticket]
-        if len(ray.wait(results, num_returns=len(results), timeout=None if wait else 0)[0]) < len(results):
+        there = len(ray.wait(results, num_returns=len(results), timeout=0)[0])
+        if there < len(results) and not wait:
             return None
         try:
+            if not self._wait(ticket):
+                return f"the evaluator has not moved for {self._patience_s / 60:g} minutes; was its node lost?"
             of_sets = {result.evaluator: result.metrics for result in ray.get(results)}
         except ray.exceptions.RayError as error:  # the evaluator died, or its memory did not do: that is no end of a training
             return str(getattr(error, "cause", error)).strip().splitlines()[-1]

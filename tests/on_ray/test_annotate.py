@@ -209,34 +209,6 @@ def test_a_shard_that_cannot_be_read_is_named_at_the_end_and_the_rest_is_done(
 
 
 @pytest.mark.long
-def test_a_node_that_dies_costs_its_unfinished_units(tmp_path: Path) -> None:
-    """Two nodes beside the head; one is killed while it works, with its actor and everything else on it."""
-    from ray.cluster_utils import Cluster
-
-    expected = mixed_corpus(tmp_path / "c", 1200)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
-    try:
-        nodes = [cluster.add_node(num_cpus=1, object_store_memory=200 << 20) for _ in range(2)]
-        words = [
-            "annotate",
-            f"corpus.path={tmp_path / 'c'}",
-            f"output={tmp_path / 'A'}",
-            "ocr=fast",
-            "ocr.unit_mb=.1",
-            "ocr.num_actors=3",
-        ]
-        log = tmp_path / "log"
-        process = start_cli(words, log, RAY_ADDRESS=cluster.address)
-        shards = tmp_path / "A" / "shards"
-        wait_for(lambda: shards.is_dir() and len(list(shards.iterdir())) > 2, process, log)
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        assert process.wait(timeout=300) == 0, log.read_text()
-    finally:
-        cluster.shutdown()
-    assert keys(tmp_path / "A") == expected
-
-
-@pytest.mark.long
 def test_one_tar_of_large_pictures_keeps_two_actors_busy_in_little_memory(tmp_path: Path) -> None:
     """700 photographs of 3 MB in one tar: neither actor waits for the other, and no process grows past 1.5 GB."""
     rng = np.random.default_rng(0)

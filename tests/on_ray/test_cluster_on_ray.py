@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
+from conftest import free_port, wait_for
 
 pytestmark = pytest.mark.ray
 BEGIN = """
 import sys, threading, time
 import ray
 import raysys.cluster
-from raysys.cluster import Need, check_storage, live_nodes, make_room, num_that_fit, ray_session, settled_nodes, watched
+from raysys.cluster import check_storage, live_nodes, make_room, ray_session, settled_nodes, watched
 from raysys.config import RayConfig
+from raysys.room import Need, num_that_fit
 from raysys.storage import UserError, WorkFailed, write_bytes
 """
 
@@ -46,7 +52,7 @@ def driver(address: str, body: str) -> subprocess.Popen[str]:
     script = BEGIN + "with ray_session(RayConfig()):\n" + "".join(f"    {line}\n" for line in body.strip().splitlines())
     return subprocess.Popen(
         [sys.executable, "-c", script],
-        env=os.environ | {"RAY_ADDRESS": address},
+        env=os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,32 +100,94 @@ print("two have room", num_that_fit([{"CPU": 1}], [node.free for node in settled
     assert two == "two have room 2"
 
 
-def test_what_an_autoscaler_may_bring_is_waited_for(address: str, cluster: Any) -> None:
-    """The autoscaler's word of what it may bring is ours here; the node that comes is real."""
+@pytest.fixture
+def autoscaled(tmp_path: Path) -> Iterator[str]:
+    """Address of a head without CPUs, with Ray's own autoscaler (v2), which may bring two nodes of one CPU from a cloud that has none."""
+    config = {
+        "cluster_name": "test",
+        "max_workers": 8,
+        "provider": {
+            "type": "external",  # the type "fake_multinode" wants a file that Ray's wheels lack
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": HEAD_NODE,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        "head_node_type": "ray.head.default",
+        **{key: {} for key in ("auth", "file_mounts", "docker")},
+        **{key: [] for key in ("setup_commands", "initialization_commands", "head_setup_commands", "worker_setup_commands")},
+        **{key: [] for key in ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")},
+        **{key: [] for key in ("rsync_exclude", "rsync_filter")},
+        "file_mounts_sync_continuously": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    address, log = f"{ray.util.get_node_ip_address()}:{free_port()}", tmp_path / "log"
+    words = ["--head", "--port", address.split(":")[1], "--num-cpus", "0", "--include-dashboard", "false"]
+    head = ray_start([*words, "--autoscaling-config", str(tmp_path / "config.json")], log)
+    try:
+        wait_for(lambda: "Ray runtime started" in log.read_text(), head, log, limit_s=90)
+        yield address
+    finally:
+        end(head)
+
+
+HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+"""FAKE_HEAD_NODE_ID of the provider."""
+
+
+def ray_start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    fake = {"RAY_enable_autoscaler_v2": "1", "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    fake |= {"RAY_CLOUD_INSTANCE_ID": HEAD_NODE, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE} if "--head" in words else {}
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / "ray"), "start", "--block", "--object-store-memory", str(100 << 20), *words],
+        env=os.environ | fake | {"RAY_AUTH_MODE": "token"},
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    of_it = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    for child in of_it:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+
+
+@pytest.mark.long
+def test_what_an_autoscaler_may_bring_is_waited_for_and_what_it_never_can_is_refused(autoscaled: str, tmp_path: Path) -> None:
     process = driver(
-        address,
+        autoscaled,
         """
 raysys.cluster.SETTLE_S = .5
-raysys.cluster.state.get_max_resources_from_cluster_config = lambda: {"CPU": 3, "GPU": 1}
-for bundles in ([{"CPU": 1}] * 4, [{"GPU": 2}]):
-    try:
-        make_room(Need("the work", bundles), 2)
-    except UserError as error:
-        print(error)
-make_room(Need("the work", [{"CPU": 1}] * 3), 2)
+try:
+    make_room(Need("the work", [{"CPU": 1}] * 3), 2)
+except UserError as error:
+    print(error)
+make_room(Need("the work", [{"CPU": 1}] * 2), 2)
 print("there is room", flush=True)
 """,
     )
-    assert process.stderr is not None and process.stdout is not None
-    said = next(line for line in process.stderr if "waiting for the autoscaler" in line)
-    assert "the work needs 3 CPUs, the cluster has 2; waiting for the autoscaler" in said and "2 of 2 CPUs are free" in said
-    node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    assert process.stderr is not None
+    lines: list[str] = []
+    while "needs 2 CPUs, the cluster has 0; waiting for the autoscaler" not in (said := process.stderr.readline()):
+        assert said, "".join(lines)
+        lines.append(said)
+    assert "0 of 0 CPUs are free" in said
+    node = ray_start(["--address", autoscaled, "--num-cpus", "2"], tmp_path / "node.log")  # the cloud's machine
     try:
-        cpus, gpus, room = process.communicate(timeout=90)[0].splitlines()
+        never, room = process.communicate(timeout=90)[0].splitlines()
     finally:
-        cluster.remove_node(node)
-    assert "needs 4 CPUs, with all nodes that its autoscaler may bring the cluster has 3" in cpus
-    assert "needs 2 GPUs" in gpus and room == "there is room" and process.returncode == 0
+        end(node)
+    assert "needs 3 CPUs, the cluster has 0; waiting for the autoscaler, which says that it can never bring it" in never
+    assert room == "there is room" and process.returncode == 0
 
 
 def test_a_node_that_does_not_see_the_storage_is_named(address: str, tmp_path: Path) -> None:

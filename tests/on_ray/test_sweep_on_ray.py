@@ -85,9 +85,9 @@ def test_more_trials_at_a_time_than_there_is_room_for_are_refused_with_both_numb
     ]
     status, _, err = run_cli(*sweep, "max_concurrent=3")
     assert status == 2
-    assert "max_concurrent=3 trials of 1 workers beside 1 evaluators needs 2.83 CPUs, the cluster has 2" in err
+    assert "max_concurrent=3 trials of 1 workers beside 1 evaluators needs 2.8 CPUs, the cluster has 2" in err
     status, _, err = run_cli(*sweep, "num_workers=13", "order.lanes=65")
-    assert status == 2 and "a trial of 13 workers beside 1 evaluators needs 11.81 CPUs, the cluster has 2" in err
+    assert status == 2 and "a trial of 13 workers beside 1 evaluators needs 11.8 CPUs, the cluster has 2" in err
     assert not (tmp_path / "W").exists()
 
 
