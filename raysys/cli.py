@@ -23,8 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raysys.config import VERBS, TrainConfig, check, choices, config_dir
+from raysys.errors import UserError, WorkFailed
 from raysys.keys import fold, groups, read_group, read_keys, type_of
-from raysys.storage import UserError, WorkFailed, explained, is_final, mask, remember_interpolated
+from raysys.masking import mask, remember_interpolated
+from raysys.patience import explained, is_final
 
 # Verb -> (module and function, what it does, an example); in the order of the pipeline.
 HELP: dict[str, tuple[str, str, str]] = {

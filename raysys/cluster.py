@@ -38,9 +38,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.config import RayConfig
+from raysys.errors import UserError, WorkFailed
+from raysys.masking import INTERPOLATED, mask
+from raysys.patience import RETRY_S
 from raysys.progress import duration
 from raysys.room import Bundle, Need, left_over, missing
-from raysys.storage import INTERPOLATED, RETRY_S, UserError, WorkFailed, exists, join, mask, read_bytes, remove_file, write_bytes
+from raysys.storage import exists, join, read_bytes, remove_file, write_bytes
 
 TELL_EVERY_S = 60.0
 """Between two lines of one that waits."""

@@ -38,12 +38,14 @@ from raysys.corpus import scenes
 from raysys.corpus.shards import iter_samples, open_corpus
 from raysys.evaluation.metrics import PRIMARY
 from raysys.evaluation.on_ray import evaluate
+from raysys.masking import mask
+from raysys.output import Output, open_output, settings_of
 from raysys.policy.policy import TEXT_AREA
 from raysys.policy.select import filter_annotations
 from raysys.progress import Progress
 from raysys.regions.on_ray import annotate
 from raysys.reporting.html import report
-from raysys.storage import Output, mask, open_output, read_bytes, read_json, settings_of, write_json
+from raysys.storage import read_bytes, read_json, write_json
 from raysys.training.on_ray import train
 
 NO_FILTER = PolicyConfig(name="none", max_text_area=1.0)

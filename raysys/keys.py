@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from raysys.config import choices, config_dir
-from raysys.storage import UserError
+from raysys.errors import UserError
 
 
 def groups(schema: type) -> list[str]:

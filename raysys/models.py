@@ -34,19 +34,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision.transforms import Compose
 
 from raysys.config import config_dir
-from raysys.storage import (
-    UserError,
-    absolute,
-    exists,
-    fingerprint,
-    is_local,
-    join,
-    mask,
-    open_fs,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.output import fingerprint
+from raysys.storage import absolute, exists, is_local, join, open_fs, read_json, write_bytes, write_json
 
 RANDOM = "random"
 CONFIG_FILE = "open_clip_config.json"

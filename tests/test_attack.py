@@ -28,10 +28,10 @@ from raysys.attack.drawing import (
 )
 from raysys.attack.written import choose_written, nearest_classes, nearest_rows
 from raysys.config import AttackSettings
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import ClassSet
 from raysys.evaluation.pictures import Picture
 from raysys.models import load_model
-from raysys.storage import UserError
 
 RED = (255, 0, 0)
 VARIED = AttackSettings(

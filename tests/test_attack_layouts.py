@@ -20,9 +20,10 @@ from PIL import Image
 from raysys.attack.drawing import draw_attack, read_fonts, to_jpeg
 from raysys.attack.layouts import jpeg_name, target_names, to_parquet, units_of, write_lists, write_unit
 from raysys.config import AttackSettings, ClassSetConfig
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import ClassSet, read_class_set
 from raysys.evaluation.pictures import Picture
-from raysys.storage import UserError, read_bytes, write_bytes, write_json
+from raysys.storage import read_bytes, write_bytes, write_json
 
 SETTINGS = AttackSettings(font_px=12, x_px=4, y_px=4)
 NAMES = ["hen", "red fox", "cat, domestic"]

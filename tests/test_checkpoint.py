@@ -18,7 +18,8 @@ import pytest
 import torch
 from conftest import S3Server
 
-from raysys.storage import UserError, exists, identity, join, list_names, open_fs, read_bytes, read_json, remove_folder, write_bytes
+from raysys.errors import UserError
+from raysys.storage import exists, identity, join, list_names, open_fs, read_bytes, read_json, remove_folder, write_bytes
 from raysys.training import checkpoint, lock, metrics
 from raysys.training.checkpoint import CheckpointWriter, load, load_newest, steps_there
 from raysys.training.lock import LostLock, RunLock

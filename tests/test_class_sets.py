@@ -15,9 +15,10 @@ import pytest
 from conftest import Members, S3Server, noise_jpeg, write_tar
 
 from raysys.config import ClassSetConfig
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import ClassSet, read_class_set
 from raysys.evaluation.zero_shot import prompts
-from raysys.storage import UserError, open_fs
+from raysys.storage import open_fs
 
 PICTURES = [noise_jpeg(i, 16) for i in range(6)]
 FRUIT = {"a": "apple", "b": "banana", "c": "cherry"}

@@ -11,7 +11,7 @@ import pytest
 
 from raysys.cli import HELP, compose_config
 from raysys.config import VERBS, AugmentConfig, LookConfig, OcrConfig, PolicyConfig, choices
-from raysys.storage import UserError
+from raysys.errors import UserError
 from raysys.sweeping.space import read_space
 from raysys.training.model import check_training_model
 

@@ -12,7 +12,7 @@ from conftest import jpeg, noise_jpeg, sample, write_tar
 from raysys.config import CorpusConfig
 from raysys.corpus.samples import DamagedShard
 from raysys.corpus.shards import iter_samples, open_corpus
-from raysys.storage import UserError
+from raysys.errors import UserError
 
 
 def test_samples_their_places_and_captions(tmp_path: Path) -> None:

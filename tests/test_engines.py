@@ -14,8 +14,8 @@ from conftest import jpeg, noise_jpeg, text_jpeg
 from PIL import Image, ImageDraw, ImageFont
 
 from raysys.config import LookConfig, OcrConfig, PolicyConfig
+from raysys.errors import UserError
 from raysys.regions.annotator import Annotator, Look, letters
-from raysys.storage import UserError
 
 DATA = Path(os.environ.get("RAYSYS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 V4 = {"looks": [LookConfig("PP-OCRv4_mobile_det")], "recognizer": "PP-OCRv4_mobile_rec"}

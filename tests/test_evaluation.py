@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from raysys.config import ClassSetConfig, RetrievalSetConfig, ServiceConfig
+from raysys.errors import UserError
 from raysys.evaluation.decoded import CHUNK, DecodedSet, cache_folder
 from raysys.evaluation.evaluator import Evaluator, SetConfig
 from raysys.evaluation.pictures import Picture, normalise
 from raysys.evaluation.retrieval import image_ranks, text_ranks
 from raysys.evaluation.zero_shot import best_class, class_embeddings, class_ranks, prompts
-from raysys.storage import UserError
 
 MODEL: dict[str, Any] = {
     "embed_dim": 16,

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from raysys.errors import UserError
 from raysys.evaluation import metrics as module
 from raysys.evaluation.metrics import CLASSIFICATION, PRIMARY, RETRIEVAL, compare, drop, intervals, metrics
-from raysys.storage import UserError
 
 
 def classified(true_class: list[int], true_rank: list[int], names: list[str] | None = None, **attack: list[Any]) -> pa.Table:

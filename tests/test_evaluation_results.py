@@ -13,7 +13,7 @@ from raysys.config import ModelConfig, ServiceConfig
 from raysys.evaluation.evaluator import SetResult
 from raysys.evaluation.metrics import CLASSIFICATION, metrics
 from raysys.evaluation.results import lines, read_results, write_comparison, write_result
-from raysys.storage import Output, open_output
+from raysys.output import Output, open_output
 
 TRUE = [0, 1, 2, 0, 1, 2]
 

@@ -17,7 +17,7 @@ from raysys.config import CorpusConfig, SourceConfig
 from raysys.corpus.samples import DamagedShard, Part, Sample
 from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts, read_image, refuse_output_in_corpus, shard_path
 from raysys.corpus.tars import iter_spans
-from raysys.storage import UserError
+from raysys.errors import UserError
 
 UID = "0123456789abcdef0123456789ABCDEF"
 PICTURES = [noise_jpeg(i) for i in range(6)]

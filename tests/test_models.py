@@ -16,8 +16,9 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from raysys.config import LoopConfig, TowersConfig, TrainConfig
+from raysys.errors import UserError
 from raysys.models import LoadedModel, load_model, model_config, model_name, save_open_clip_folder
-from raysys.storage import UserError, join, read_json
+from raysys.storage import join, read_json
 from raysys.training.model import check_training_model, count_parameters, training_model
 
 TEXT: dict[str, Any] = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

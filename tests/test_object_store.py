@@ -20,20 +20,20 @@ from fsspec.registry import _registry as _filesystems
 from oddities import odd_corpus
 from test_formats import essence, good_part, write_folder, write_parquet
 
-from raysys import storage
+from raysys import patience, storage
 from raysys.config import CorpusConfig, OcrConfig
 from raysys.corpus.shards import iter_samples, open_corpus, plan_parts, read_image
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.output import open_output
 from raysys.regions.annotations import AnnotationFiles, read_heads, read_parquet, refuse_changed_shard
 from raysys.regions.annotator import Annotator
 from raysys.regions.units import Unit, annotate_unit, plan_units
 from raysys.storage import (
-    UserError,
     find_files,
     identity,
     list_names,
-    mask,
     open_fs,
-    open_output,
     read_bytes,
     reading,
     remove_folder,
@@ -403,7 +403,7 @@ def other_storage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[pyt
     s3fs = fsspec.get_filesystem_class("s3")
     s3fs.clear_instance_cache()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(storage, "RETRY_S", 0)
+    monkeypatch.setattr(patience, "RETRY_S", 0)
     yield monkeypatch
     s3fs.clear_instance_cache()
 

@@ -15,7 +15,7 @@ from raysys.corpus import tars
 from raysys.corpus.index import BlockReader, SampleIndex
 from raysys.corpus.order import Order, Source
 from raysys.corpus.shards import iter_samples
-from raysys.storage import UserError
+from raysys.errors import UserError
 
 
 def order(kept: list[int], global_batch: int, *, size: list[int] | None = None, **more: Any) -> Order:

@@ -16,13 +16,15 @@ import pytest
 from PIL import Image
 
 from raysys.config import ModelConfig, ServiceConfig
+from raysys.errors import UserError
 from raysys.evaluation.evaluator import SetResult
 from raysys.evaluation.metrics import CLASSIFICATION, metrics
 from raysys.evaluation.results import read_results, write_comparison, write_result
+from raysys.output import open_output
 from raysys.regions.annotations import SCHEMA, AnnotationFiles
 from raysys.reporting import html
 from raysys.reporting.html import report, series_of
-from raysys.storage import UserError, identity, open_output, write_json
+from raysys.storage import identity, write_json
 from raysys.sweeping.results import points_of, row_of, write_tables
 
 HOSTILE = '<script>alert("caption")</script>"><img onerror=alert(1)>'

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from raysys.output import open_output
 from raysys.reporting.html import report
-from raysys.storage import open_output
 
 pytestmark = pytest.mark.long
 

@@ -13,9 +13,10 @@ import pytest
 from conftest import Members, S3Server, noise_jpeg, sample, write_tar
 
 from raysys.config import RetrievalSetConfig
+from raysys.errors import UserError
 from raysys.evaluation import retrieval_sets
 from raysys.evaluation.retrieval_sets import RetrievalSet, read_retrieval_set
-from raysys.storage import UserError, open_fs
+from raysys.storage import open_fs
 
 PICTURES = [noise_jpeg(i) for i in range(4)]
 KARPATHY = [

@@ -25,22 +25,14 @@ from raysys.cli import compose_config
 from raysys.config import ClassSetConfig
 from raysys.corpus.samples import Sample
 from raysys.corpus.shards import iter_samples
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import read_class_set
+from raysys.masking import INTERPOLATED, as_written, mask, resolved
 from raysys.models import load_model
+from raysys.output import open_output, settings_of
 from raysys.regions.annotations import open_annotations
 from raysys.reporting.html import report
-from raysys.storage import (
-    INTERPOLATED,
-    UserError,
-    as_written,
-    mask,
-    open_fs,
-    open_output,
-    read_json,
-    resolved,
-    settings_of,
-    write_json,
-)
+from raysys.storage import open_fs, read_json, write_json
 from raysys.sweeping.results import points_of, row_of, write_tables
 from raysys.training import checkpoint
 

@@ -24,13 +24,15 @@ from raysys.config import CorpusConfig, FilterConfig, PolicyConfig, SourceConfig
 from raysys.corpus.samples import Sample
 from raysys.corpus.shards import open_corpus
 from raysys.corpus.tars import iter_spans
+from raysys.errors import UserError
+from raysys.output import Output, open_output
 from raysys.policy import export
 from raysys.policy import select as select_module
 from raysys.policy.select import decode_uids, filter_annotations, open_selection
 from raysys.regions.annotations import AnnotationFiles
 from raysys.regions.annotator import Look
 from raysys.regions.units import look_at_shard
-from raysys.storage import Output, UserError, open_output, read_json
+from raysys.storage import read_json
 
 REGION = {"polygon": [0.0, 0.0, 1.0, 0.0, 1.0, 0.5, 0.0, 0.5], "score": 0.9, "area": 0.5, "text": "SALE", "text_score": 0.9}
 

@@ -14,7 +14,7 @@ import pytest
 
 from raysys.cli import compose_config
 from raysys.config import AugmentConfig, CorpusConfig, LoopConfig, PolicyConfig, SourceConfig, TrainConfig, choices
-from raysys.storage import UserError
+from raysys.errors import UserError
 from raysys.sweeping.space import (
     NAME_CHARS,
     Point,

@@ -6,19 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from raysys.storage import (
-    UserError,
-    expand_braces,
-    find_files,
-    identity,
-    list_files,
-    mask,
-    open_output,
-    read_bytes,
-    shard_name,
-    write_bytes,
-    write_new,
-)
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.output import open_output
+from raysys.storage import expand_braces, find_files, identity, list_files, read_bytes, shard_name, write_bytes, write_new
 
 
 def test_braces_keep_leading_zeros() -> None:

@@ -20,15 +20,13 @@ import pytest
 import torch
 from conftest import S3Server
 
-from raysys import cli, storage
+from raysys import cli, patience
 from raysys.corpus.tars import read_images
+from raysys.patience import StorageDown, explained, is_final
 from raysys.storage import (
-    StorageDown,
     exists,
-    explained,
     find_files,
     identity,
-    is_final,
     list_names,
     open_fs,
     read_bytes,
@@ -181,8 +179,8 @@ def bucket(s3: S3Server, proxy: FaultyProxy) -> str:
 @pytest.fixture
 def faulty(bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """The proxy, before it has seen anything."""
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(storage, "RETRY_S", 20.0)
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(patience, "RETRY_S", 20.0)
     proxy.requests.clear()
     proxy.broken.clear()
     yield proxy
@@ -326,7 +324,7 @@ def test_faults_without_end_end_in_one_line_and_leave_nothing(
 ) -> None:
     url = put(bucket, s3, "c/0.tar", DATA)
     target = url if name in CALLS else f"{bucket}/d/new"
-    monkeypatch.setattr(storage, "RETRY_S", 1.2)
+    monkeypatch.setattr(patience, "RETRY_S", 1.2)
     before, begun = set(os.listdir(os.environ["TMPDIR"])), time.monotonic()
     faulty.for_ever = fault
     with pytest.raises(StorageDown) as caught:
@@ -354,7 +352,7 @@ def test_a_store_that_starts_again_is_waited_for(s3: S3Server, bucket: str, faul
     url = put(bucket, s3, "0.tar", DATA)
     faulty.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "_last_said", -1e9)
+        patch.setattr(patience, "_last_said", -1e9)
         patch.setattr("sys.stderr", _Opens(faulty))  # when it is said that storage is waited for
         assert read_bytes(url) == DATA
 
@@ -386,8 +384,8 @@ def test_what_no_waiting_mends_is_asked_once(s3: S3Server, bucket: str, faulty: 
 def test_waiting_is_said_once_and_a_verb_that_storage_fails_ends_in_one_line_with_status_1(
     s3: S3Server, bucket: str, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
-    monkeypatch.setattr(storage, "RETRY_S", 0.3)
-    monkeypatch.setattr(storage, "_last_said", -1e9)
+    monkeypatch.setattr(patience, "RETRY_S", 0.3)
+    monkeypatch.setattr(patience, "_last_said", -1e9)
     faulty.for_ever = "503"
     status, _, err = run_cli("filter", f"annotations={bucket}/A", f"output={bucket}/S")
     waiting, end = err.splitlines()

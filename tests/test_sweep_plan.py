@@ -10,7 +10,8 @@ from conftest import noise_jpeg, sample, write_tar
 
 from raysys.cli import compose_config
 from raysys.config import SweepConfig, TrainConfig
-from raysys.storage import Output, UserError
+from raysys.errors import UserError
+from raysys.output import Output
 from raysys.sweeping.plan import Plan
 from raysys.sweeping.space import read_space
 from raysys.training.samples import weighted_sources

@@ -16,8 +16,8 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image, ImageDraw, ImageFont
 
+from raysys.errors import UserError
 from raysys.regions.torch_graph import import_onnx
-from raysys.storage import UserError
 
 
 def _in_wheel(wheel: str, file: str) -> str:

@@ -15,12 +15,14 @@ from conftest import S3Server, noise_jpeg, sample, write_tar
 
 from raysys.config import AugmentConfig, CorpusConfig, LoopConfig, OptimConfig, PolicyConfig, SourceConfig, TrainConfig
 from raysys.corpus.index import BlockReader
+from raysys.errors import UserError
 from raysys.models import load_model
+from raysys.output import open_output
 from raysys.policy.select import filter_annotations
 from raysys.regions.annotations import AnnotationFiles
 from raysys.regions.annotator import Annotator
 from raysys.regions.units import look_at_shard
-from raysys.storage import UserError, open_output, write_bytes
+from raysys.storage import write_bytes
 from raysys.training import checkpoint, loop
 from raysys.training.ingest import BatchReader
 from raysys.training.lock import RunLock

@@ -13,9 +13,9 @@ import pytest
 from conftest import noise_jpeg
 
 from raysys.config import TypographicSetConfig
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import ClassSet
 from raysys.evaluation.typographic import read_typographic_set
-from raysys.storage import UserError
 
 PICTURES = [noise_jpeg(i, 16) for i in range(4)]
 THREE = [(0, "cup", "dog"), (1, "dog", "traffic light"), (2, "cup", "cup")]

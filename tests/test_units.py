@@ -19,12 +19,12 @@ from test_formats import write_folder, write_parquet
 from raysys.config import CorpusConfig, OcrConfig
 from raysys.corpus.samples import Sample
 from raysys.corpus.shards import Shard, iter_samples, open_corpus, plan_parts
+from raysys.errors import UserError
 from raysys.regions import units
 from raysys.regions.annotations import SCHEMA, AnnotationFiles, Counts, read_head
 from raysys.regions.annotator import Annotator
 from raysys.regions.on_ray import Done, counts_of
 from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, look_at_shard, plan_units, unit_bytes
-from raysys.storage import UserError
 
 
 @pytest.fixture

@@ -89,8 +89,8 @@ def name_of(shard: int) -> str:
 
 
 def annotations_folder(folder: Path, corpus: Path) -> Any:
-    """A folder of annotations without any shard yet: its :class:`raysys.storage.Output`."""
-    from raysys.storage import open_output
+    """A folder of annotations without any shard yet: its :class:`raysys.output.Output`."""
+    from raysys.output import open_output
 
     settings = {
         "corpus": {"path": str(corpus), "sources": {}, "roots": {"": str(corpus)}},
@@ -108,9 +108,10 @@ def link(files: list[Path], folder: Path, suffix: str, shards: int) -> None:
 def make_files(scratch: Path, shards: int) -> None:
     """``kinds`` (the distinct shards, their annotations and selection), and by links ``corpus``, ``A``, ``S``; ``A-N`` over N shards."""
     from raysys.corpus.index import SHARDS_SCHEMA, read_shards_table, write_shards_table
+    from raysys.output import open_output
     from raysys.policy.select import annotations_sha256, make_selection
     from raysys.regions.annotations import AnnotationFiles, open_annotations
-    from raysys.storage import identity, open_output
+    from raysys.storage import identity
 
     start = time.perf_counter()
     kinds = scratch / "kinds"

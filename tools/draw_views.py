@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from raysys.cli import compose_config
 from raysys.config import AugmentConfig
-from raysys.storage import UserError
+from raysys.errors import UserError
 from raysys.training.augment import make_view, view_rng
 
 MARGIN_PX = 4

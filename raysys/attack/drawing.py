@@ -24,7 +24,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raysys.config import AttackSettings
-from raysys.storage import UserError, exists, mask, read_bytes
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.storage import exists, read_bytes
 
 DEFAULT_FONT = "DejaVuSans"
 MIN_FONT_PX = 6

@@ -25,9 +25,10 @@ from raysys.attack.drawing import Font, draw_attack, to_jpeg
 from raysys.config import AttackSettings
 from raysys.corpus.parquet import columns_of
 from raysys.corpus.prefetch import prefetch
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import CLASSES_FILE, LABELS_FILE, ClassSet
 from raysys.evaluation.pictures import Picture, open_picture
-from raysys.storage import UserError, flush, is_local, join, reading, write_bytes, write_json, writing
+from raysys.storage import flush, is_local, join, reading, write_bytes, write_json, writing
 
 Row = dict[str, Any]
 """Of attack.parquet."""

@@ -20,25 +20,13 @@ from raysys.attack.layouts import PARTS_FOLDER, Job, Row, from_parquet, target_n
 from raysys.attack.written import CONFUSIONS, NEAREST, RANDOM, choose_written, nearest_classes
 from raysys.cluster import check_storage, make_room, num_cpus, ray_session, refuse_other_storage, watched
 from raysys.config import AttackConfig, AttackSettings
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import ATTACK_FILE, ClassSet, read_class_set
+from raysys.masking import mask
+from raysys.output import Output, fingerprint, open_output, require_finished, settings_of
 from raysys.progress import Progress
 from raysys.room import Need
-from raysys.storage import (
-    Output,
-    UserError,
-    exists,
-    fingerprint,
-    list_names,
-    mask,
-    open_output,
-    read_bytes,
-    read_json,
-    remove_folder,
-    require_finished,
-    settings_of,
-    write_bytes,
-    write_json,
-)
+from raysys.storage import exists, list_names, read_bytes, read_json, remove_folder, write_bytes, write_json
 
 NEAREST_FILE = "nearest.json"
 """In the folder of parts: what a model's texts decided, so that a call that is taken up need not encode them again."""

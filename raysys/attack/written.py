@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysys.config import AttackSettings
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import ClassSet
+from raysys.masking import mask
 from raysys.progress import Progress
-from raysys.storage import UserError, mask, read_bytes, read_json
+from raysys.storage import read_bytes, read_json
 
 CONFUSIONS, NEAREST, RANDOM = "confusions", "nearest", "random"
 PROMPTS_AT_ONCE = 256

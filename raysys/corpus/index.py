@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from raysys.corpus.samples import shard_hash
 from raysys.corpus.shards import shard_path
 from raysys.corpus.tars import read_images
-from raysys.storage import UserError, join, mask, read_bytes, reading, writing
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.storage import join, read_bytes, reading, writing
 
 SHARDS_SCHEMA = pa.schema([("name", pa.string()), ("rows", pa.int64()), ("kept", pa.int64()), ("identity", pa.string())])
 """``shards.arrow``: a line for every shard, sorted by name; ``identity`` as a listing gave it when the offsets were taken."""

@@ -16,7 +16,9 @@ from urllib.parse import unquote
 from raysys.config import CorpusConfig
 from raysys.corpus import folder, parquet, tars
 from raysys.corpus.samples import Part, Plan, Sample
-from raysys.storage import FileInfo, UserError, absolute, find_files, identity, join, mask, shard_name
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.storage import FileInfo, absolute, find_files, identity, join, shard_name
 
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 MAX_NAME_BYTES = 200

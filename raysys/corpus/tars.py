@@ -16,7 +16,9 @@ from typing import BinaryIO
 import numpy as np
 
 from raysys.corpus.samples import BAD_RECORD, UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
-from raysys.storage import UserError, mask, named_errors, open_fs, reading
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.storage import named_errors, open_fs, reading
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_GAP_BYTES = 64 << 10

@@ -25,22 +25,11 @@ from raysys.config import ClassSetConfig
 from raysys.corpus import tars
 from raysys.corpus.parquet import Columns, read_columns
 from raysys.corpus.samples import SAMPLE_REASONS, UNSAFE_NAME, DamagedShard, printable
+from raysys.errors import UserError
 from raysys.evaluation.pictures import PICTURE_SUFFIXES, Picture
-from raysys.storage import (
-    UserError,
-    exists,
-    find_files,
-    fingerprint,
-    identity,
-    identity_of,
-    is_local,
-    join,
-    mask,
-    named_errors,
-    open_fs,
-    read_bytes,
-    reading,
-)
+from raysys.masking import mask
+from raysys.output import fingerprint
+from raysys.storage import exists, find_files, identity, identity_of, is_local, join, named_errors, open_fs, read_bytes, reading
 
 T = TypeVar("T")
 ATTACK_FILE = "attack.parquet"

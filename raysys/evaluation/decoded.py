@@ -25,8 +25,9 @@ import PIL
 from PIL import Image
 from torchvision.transforms import Compose
 
+from raysys.errors import UserError
 from raysys.evaluation.pictures import Picture, before_tensor, open_picture
-from raysys.storage import UserError, fingerprint
+from raysys.output import fingerprint
 
 CHUNK = 64  # pictures that are decoded, or not, together
 

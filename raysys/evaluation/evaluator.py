@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from raysys.config import ClassSetConfig, RetrievalSetConfig, ServiceConfig, TypographicSetConfig
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import ClassSet, read_class_set
 from raysys.evaluation.decoded import DecodedSet, cache_folder
 from raysys.evaluation.metrics import CLASSIFICATION, RETRIEVAL, metrics
@@ -26,7 +27,8 @@ from raysys.evaluation.retrieval import image_ranks, text_ranks
 from raysys.evaluation.retrieval_sets import RetrievalSet, read_retrieval_set
 from raysys.evaluation.typographic import read_typographic_set
 from raysys.evaluation.zero_shot import best_class, class_embeddings, class_ranks, prompts
-from raysys.storage import UserError, fingerprint, mask
+from raysys.masking import mask
+from raysys.output import fingerprint
 
 if TYPE_CHECKING:  # it imports open_clip, which a bare GPU machine has not
     from raysys.models import LoadedModel

@@ -21,12 +21,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.cluster import TELL_EVERY_S, check_storage, live_nodes, make_room, ray_session, settled_nodes, what_is_free
 from raysys.config import EVALUATORS, EvaluateConfig, ModelConfig, QuestionsConfig, ServiceConfig
+from raysys.errors import UserError, WorkFailed
 from raysys.evaluation.evaluator import Embeddings, Evaluator, SetConfig, SetResult, read_set
 from raysys.evaluation.results import lines, read_results, result_file, write_comparison, write_result
+from raysys.masking import mask
 from raysys.models import LoadedModel, check_model, load_model, model_name, portable
+from raysys.output import Output, open_output, settings_of
 from raysys.progress import Progress, duration
 from raysys.room import Need, num_that_fit
-from raysys.storage import Output, UserError, WorkFailed, absolute, exists, list_names, mask, open_output, read_json, settings_of
+from raysys.storage import absolute, exists, list_names, read_json
 
 GPU_SERVICE_CPUS = 4.0
 """Of an actor with a GPU or a share of one beside workers: it decodes its sets once."""

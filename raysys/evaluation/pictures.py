@@ -17,7 +17,10 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from raysys.corpus.parquet import row_group_images
-from raysys.storage import StorageDown, UserError, mask, open_fs, read_bytes
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.patience import StorageDown
+from raysys.storage import open_fs, read_bytes
 
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp")
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, Image.DecompressionBombError)

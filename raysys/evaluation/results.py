@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from raysys.config import ModelConfig, ServiceConfig
 from raysys.evaluation.evaluator import ATTACKED, SetResult
 from raysys.evaluation.metrics import PRIMARY, compare, drop, intervals
-from raysys.storage import Output, exists, mask, read_bytes, read_json, write_bytes, write_json
+from raysys.masking import mask
+from raysys.output import Output
+from raysys.storage import exists, read_bytes, read_json, write_bytes, write_json
 
 CLEAN = "imagenet"
 

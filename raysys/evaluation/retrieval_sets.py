@@ -20,19 +20,11 @@ from raysys.config import CorpusConfig, RetrievalSetConfig
 from raysys.corpus import folder, parquet, tars
 from raysys.corpus.samples import SAMPLE_REASONS, UNSAFE_NAME, DamagedShard, is_unsafe
 from raysys.corpus.shards import Shard, open_corpus
+from raysys.errors import UserError
 from raysys.evaluation.pictures import Picture
-from raysys.storage import (
-    UserError,
-    exists,
-    find_files,
-    fingerprint,
-    join,
-    list_names,
-    mask,
-    read_bytes,
-    read_json,
-    reading,
-)
+from raysys.masking import mask
+from raysys.output import fingerprint
+from raysys.storage import exists, find_files, join, list_names, read_bytes, read_json, reading
 
 COCO_FILE = "annotations/captions_val2017.json"
 KARPATHY_FILES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")

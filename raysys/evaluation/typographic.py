@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from raysys.config import TypographicSetConfig
 from raysys.corpus.samples import printable
+from raysys.errors import UserError
 from raysys.evaluation.class_sets import (
     ClassSet,
     feature_names,
@@ -34,7 +35,9 @@ from raysys.evaluation.class_sets import (
     read_text,
 )
 from raysys.evaluation.pictures import Picture
-from raysys.storage import UserError, fingerprint, join, mask, read_bytes
+from raysys.masking import mask
+from raysys.output import fingerprint
+from raysys.storage import join, read_bytes
 
 PICTURE_COLUMNS = ("file_name", "image", "picture", "filename", "path", "id")
 TRUE_COLUMNS = ("true_class", "label", "object_label", "object", "true_label")

@@ -29,9 +29,13 @@ from raysys.corpus.prefetch import prefetch
 from raysys.corpus.samples import DamagedShard, Sample
 from raysys.corpus.shards import iter_samples, shard_path
 from raysys.corpus.tars import iter_spans
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.output import Output, open_output
+from raysys.patience import is_final
 from raysys.progress import Progress
 from raysys.regions.annotations import Annotations, read_head, refuse_changed_shard
-from raysys.storage import Output, UserError, find_files, is_final, mask, open_fs, open_output, remove_folder, write_json, writing
+from raysys.storage import find_files, open_fs, remove_folder, write_json, writing
 
 SHARDS_AT_ONCE = 8
 """Shards that are copied beside each other: each waits for storage most of the time."""

@@ -29,29 +29,15 @@ from raysys.config import CorpusConfig, FilterConfig, PolicyConfig
 from raysys.corpus.index import SHARDS_FILE, SHARDS_SCHEMA, write_shards_table
 from raysys.corpus.prefetch import prefetch
 from raysys.corpus.shards import open_corpus, refuse_output_in_corpus, shard_path
+from raysys.errors import UserError
+from raysys.masking import mask, resolved
+from raysys.output import Output, open_output, require_finished
 from raysys.policy.export import write_shards
 from raysys.policy.policy import COLUMNS, judge
 from raysys.policy.subset import UID, SortedUids
 from raysys.progress import Progress
 from raysys.regions.annotations import Annotations, head_of, open_annotations, read_heads, read_parquet
-from raysys.storage import (
-    Output,
-    UserError,
-    absolute,
-    exists,
-    find_files,
-    is_local,
-    join,
-    mask,
-    open_output,
-    read_bytes,
-    read_json,
-    remove_folder,
-    require_finished,
-    resolved,
-    shard_name,
-    writing,
-)
+from raysys.storage import absolute, exists, find_files, is_local, join, read_bytes, read_json, remove_folder, shard_name, writing
 
 SHARDS_AT_ONCE = 4
 """Shards that are read, judged and written beside each other; so many are in memory."""

@@ -29,21 +29,20 @@ from raysys.config import CorpusConfig, PolicyConfig, SourceConfig
 from raysys.corpus.prefetch import prefetch
 from raysys.corpus.samples import DUPLICATE_KEY, Part, Plan
 from raysys.corpus.shards import Corpus, Shard, shard_path
+from raysys.errors import UserError
+from raysys.masking import mask, resolved
+from raysys.output import require_finished
 from raysys.storage import (
-    UserError,
     absolute,
     exists,
     find_files,
     identity,
     join,
     list_names,
-    mask,
     read_bytes,
     read_json,
     reading,
     remove_folder,
-    require_finished,
-    resolved,
     write_new_json,
     writing,
 )

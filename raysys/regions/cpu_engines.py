@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from raysys.config import OcrConfig
+from raysys.errors import UserError
 from raysys.regions.detector import Boxes, boxes_of_map, network_input
 from raysys.regions.models import Model
 from raysys.regions.onnx_graph import simplify
 from raysys.regions.recognizer import Reading, decode_ctc, line_input
-from raysys.storage import UserError
 
 Network = Callable[[np.ndarray], np.ndarray]
 """float32 [1, 3, H, W] -> the first output; the result may be overwritten by the next call."""

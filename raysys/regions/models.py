@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from raysys.config import OcrConfig
-from raysys.storage import UserError, sha256_file
+from raysys.errors import UserError
+from raysys.storage import sha256_file
 
 _WHEELS = {
     "PP-OCRv4_mobile_det": ("rapidocr_onnxruntime", "models/ch_PP-OCRv4_det_infer.onnx"),

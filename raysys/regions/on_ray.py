@@ -21,31 +21,17 @@ from raysys.cluster import check_storage, make_room, on_this_node, ray_session, 
 from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig, RayConfig
 from raysys.corpus.samples import Plan
 from raysys.corpus.shards import Corpus, Shard, absolute_corpus, first_shards, open_corpus, plan_parts, refuse_output_in_corpus
+from raysys.errors import UserError, WorkFailed
+from raysys.masking import as_written, mask
+from raysys.output import Output, fingerprint, open_output, settings_of
+from raysys.patience import explained, is_final
 from raysys.progress import Progress
 from raysys.regions.annotations import AnnotationFiles, Counts, Head, read_heads
 from raysys.regions.annotator import Annotator
 from raysys.regions.models import find_models
 from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, plan_units, unit_bytes
 from raysys.room import Need, num_that_fit
-from raysys.storage import (
-    Output,
-    UserError,
-    WorkFailed,
-    as_written,
-    explained,
-    find_files,
-    fingerprint,
-    is_final,
-    join,
-    list_names,
-    mask,
-    open_output,
-    read_json,
-    remove_file,
-    remove_folder,
-    settings_of,
-    write_json,
-)
+from raysys.storage import find_files, join, list_names, read_json, remove_file, remove_folder, write_json
 
 WAVE = 10_000
 """Units that Ray Data gets at once: it takes 1 ms to create one before the first starts, so a million would wait a quarter of an hour."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from raysys.config import OcrConfig
+from raysys.errors import UserError
 from raysys.regions.detector import Boxes, order_corners
 from raysys.regions.models import Model, paddle_folder
 from raysys.regions.recognizer import Reading, line_input
-from raysys.storage import UserError
 
 
 def _options(ocr: OcrConfig, model: Model) -> dict[str, Any]:

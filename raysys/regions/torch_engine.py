@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from raysys.config import OcrConfig
+from raysys.errors import UserError
 from raysys.regions.detector import MEAN, STD, Boxes, boxes_of_map
 from raysys.regions.models import Model
 from raysys.regions.recognizer import Reading, decode_ctc, line_input
 from raysys.regions.torch_graph import import_onnx
-from raysys.storage import UserError
 
 _MAX_DETECTOR_PX = 256 * 640 * 640
 """Pixels of one batch of pictures: 4 GB of activations of PP-OCRv4 in bf16 (counted, not measured on a GPU)."""

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch import fx, nn
 from torch.nn import functional as F
 
-from raysys.storage import UserError
+from raysys.errors import UserError
 
 _ONNX = ("", "ai.onnx")
 """Names of the domain of ONNX's own operators."""

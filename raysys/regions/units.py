@@ -14,9 +14,12 @@ import pyarrow as pa
 
 from raysys.corpus.samples import DamagedShard, Part, Plan, Sample
 from raysys.corpus.shards import Shard, iter_samples
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.patience import is_final
 from raysys.regions.annotations import SCHEMA, AnnotationFiles, Counts, Head
 from raysys.regions.annotator import Annotator, Look
-from raysys.storage import UserError, identity, is_final, mask
+from raysys.storage import identity
 
 UNITS_PER_ACTOR = 8
 """So many units each at least, so that actors end about together."""

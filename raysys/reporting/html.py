@@ -27,25 +27,14 @@ from PIL import Image
 from raysys.config import ClassSetConfig, PolicyConfig, ReportConfig, choices, config_dir
 from raysys.corpus.images import decode
 from raysys.corpus.shards import read_image, shard_path
+from raysys.errors import UserError
 from raysys.evaluation.metrics import PRIMARY
+from raysys.masking import mask, resolved
 from raysys.policy.policy import judge
 from raysys.reporting import plots
 from raysys.reporting.page import Folder, Picture, Region, Section, Table, in_brackets, read_parquet
 from raysys.reporting.sweep_page import sweep_sections
-from raysys.storage import (
-    UserError,
-    absolute,
-    exists,
-    identity,
-    join,
-    list_files,
-    mask,
-    open_fs,
-    read_bytes,
-    read_json,
-    resolved,
-    write_bytes,
-)
+from raysys.storage import absolute, exists, identity, join, list_files, open_fs, read_bytes, read_json, write_bytes
 from raysys.training.metrics import read_metrics
 
 MAX_ROWS = 20_000

@@ -39,25 +39,15 @@ from raysys.cluster import (
 )
 from raysys.config import AshaConfig, SweepConfig, TrainConfig
 from raysys.corpus.shards import first_shards, open_corpus
+from raysys.errors import UserError, WorkFailed
 from raysys.evaluation.evaluator import SetConfig
 from raysys.evaluation.metrics import PRIMARY
 from raysys.evaluation.on_ray import EvaluatorPool, Spec, bundles_beside, cpus_beside, evaluator_sets, inputs_of, pool_beside
+from raysys.masking import as_written, mask
+from raysys.output import Output, open_output
 from raysys.progress import Progress, duration
 from raysys.room import Need, num_that_fit
-from raysys.storage import (
-    Output,
-    UserError,
-    WorkFailed,
-    as_written,
-    exists,
-    join,
-    mask,
-    open_output,
-    read_json,
-    remove_file,
-    remove_folder,
-    write_bytes,
-)
+from raysys.storage import exists, join, read_json, remove_file, remove_folder, write_bytes
 from raysys.sweeping.plan import Job, Plan
 from raysys.sweeping.results import best_point, points_of, table, write_hparams, write_tables
 from raysys.sweeping.space import check_space, group_contents, read_space

@@ -16,9 +16,11 @@ from typing import Any
 from raysys.config import SweepConfig, TrainConfig
 from raysys.corpus.index import SampleIndex
 from raysys.corpus.shards import absolute_corpus
+from raysys.errors import UserError
 from raysys.evaluation.metrics import PRIMARY
 from raysys.models import portable
-from raysys.storage import Output, UserError, absolute, exists, fingerprint, join, list_names, read_json, write_json
+from raysys.output import Output, fingerprint
+from raysys.storage import absolute, exists, join, list_names, read_json, write_json
 from raysys.sweeping.results import PointResult, Row, points_of, row_of
 from raysys.sweeping.search import Tpe, draw_points, trials_of
 from raysys.sweeping.space import Point, Space, Trial, at_trial, grid, size

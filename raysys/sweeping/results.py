@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysys.storage import join, mask, remove_folder, write_bytes, write_json
+from raysys.masking import mask
+from raysys.storage import join, remove_folder, write_bytes, write_json
 
 Row = dict[str, Any]
 """Columns of results.parquet, in this order: ``trial`` (its name), ``point`` (number), ``seed``, ``status``, ``reason``; the swept keys; ``steps``

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raysys.config import QuestionsConfig, TrainConfig, check, choices, config_dir
+from raysys.errors import UserError
 from raysys.keys import fold, groups, load_yaml, read_group, type_of
-from raysys.storage import UserError
 
 NOT_SWEPT = {
     **dict.fromkeys(("output", "num_workers", "use_gpu", "ray"), "it says where the sweep runs, not what is learnt"),

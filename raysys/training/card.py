@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from raysys.config import TowersConfig, TrainConfig
-from raysys.storage import mask
+from raysys.masking import mask
 
 _HEADER = """\
 ---

@@ -22,18 +22,9 @@ from typing import Any
 
 import torch
 
-from raysys.storage import (
-    UserError,
-    join,
-    list_names,
-    mask,
-    read_bytes,
-    reading,
-    remove_file,
-    remove_folder,
-    write_new_json,
-    writing,
-)
+from raysys.errors import UserError
+from raysys.masking import mask
+from raysys.storage import join, list_names, read_bytes, reading, remove_file, remove_folder, write_new_json, writing
 from raysys.training.lock import RunLock
 
 

@@ -21,7 +21,8 @@ from raysys.corpus.images import BrokenImage
 from raysys.corpus.index import Block, BlockReader, SampleIndex
 from raysys.corpus.order import Order, Places
 from raysys.corpus.prefetch import prefetch
-from raysys.storage import UserError, mask
+from raysys.errors import UserError
+from raysys.masking import mask
 from raysys.training.augment import make_view, strength_at, view_rng
 
 CHUNK = 16

@@ -27,7 +27,8 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 
-from raysys.storage import join, mask, read_bytes, write_json
+from raysys.masking import mask
+from raysys.storage import join, read_bytes, write_json
 
 
 class LostLock(RuntimeError):

@@ -20,8 +20,11 @@ import torch
 from raysys.config import TrainConfig
 from raysys.corpus.index import SampleIndex
 from raysys.corpus.order import Order
+from raysys.errors import UserError, WorkFailed
+from raysys.masking import mask
 from raysys.models import LoadedModel, save_open_clip_folder
-from raysys.storage import UserError, WorkFailed, explained, is_final, join, mask, read_json
+from raysys.patience import explained, is_final
+from raysys.storage import join, read_json
 from raysys.training import checkpoint
 from raysys.training.augment import strength_at
 from raysys.training.card import library_versions, model_card

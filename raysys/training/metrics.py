@@ -15,7 +15,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from raysys.storage import exists, is_local, join, named_errors, naming_full_disk, open_fs, read_bytes, write_bytes
+from raysys.patience import naming_full_disk
+from raysys.storage import exists, is_local, join, named_errors, open_fs, read_bytes, write_bytes
 from raysys.training.lock import RunLock
 
 WRITE_EVERY_S = 10.0

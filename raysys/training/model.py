@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from raysys.config import TrainConfig
+from raysys.errors import UserError
+from raysys.masking import mask
 from raysys.models import RANDOM, LoadedModel, check_model, has_own_weights, load_model, model_config, quiet
-from raysys.storage import UserError, mask
 
 SIGLIP_INIT = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 """arXiv:2303.15343, sec. 3.2, and open_clip_train/main.py: at the start every pair is called no match, as nearly all are none."""

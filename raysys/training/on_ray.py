@@ -22,6 +22,7 @@ from raysys.cluster import check_storage, make_room, num_cpus, on_this_node, ray
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
 from raysys.corpus.index import SampleIndex
 from raysys.corpus.shards import first_shards
+from raysys.errors import UserError, WorkFailed
 from raysys.evaluation.evaluator import SetConfig
 from raysys.evaluation.metrics import PRIMARY
 from raysys.evaluation.on_ray import (
@@ -35,22 +36,13 @@ from raysys.evaluation.on_ray import (
     inputs_of,
     pool_beside,
 )
+from raysys.masking import mask
 from raysys.models import LoadedModel, portable
+from raysys.output import Output, open_output, settings_of
+from raysys.patience import explained, is_final
 from raysys.progress import Progress
 from raysys.room import Need
-from raysys.storage import (
-    Output,
-    UserError,
-    WorkFailed,
-    explained,
-    is_final,
-    is_local,
-    mask,
-    open_output,
-    read_json,
-    remove_folder,
-    settings_of,
-)
+from raysys.storage import is_local, read_json, remove_folder
 from raysys.training import checkpoint
 from raysys.training.lock import LostLock, RunLock
 from raysys.training.loop import Host, StoppedByPeer, run_worker

@@ -20,11 +20,13 @@ from raysys.corpus.order import Order, Source
 from raysys.corpus.prefetch import prefetch
 from raysys.corpus.samples import DamagedShard
 from raysys.corpus.shards import Corpus, Shard, iter_samples, open_corpus
+from raysys.errors import UserError
+from raysys.masking import mask
 from raysys.policy.policy import NO_CAPTION
 from raysys.policy.select import annotations_sha256, make_selection, open_selection, refuse_what_was_not_stored
 from raysys.progress import Progress
 from raysys.regions.annotations import open_annotations
-from raysys.storage import UserError, exists, join, mask, read_json, remove_folder, shard_name, write_json, writing
+from raysys.storage import exists, join, read_json, remove_folder, shard_name, write_json, writing
 
 SHARDS_AT_ONCE = 4
 """Shards that are scanned beside each other."""

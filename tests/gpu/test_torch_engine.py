@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from raysys.config import OcrConfig
+from raysys.errors import UserError
 from raysys.regions import torch_engine
 from raysys.regions.detector import Detector
 from raysys.regions.engine import open_engine
 from raysys.regions.models import Model, find_model
 from raysys.regions.torch_engine import TorchDetector, TorchRecognizer
-from raysys.storage import UserError
 
 MODEL_DIR = os.environ.get("RAYSYS_MODEL_DIR")
 DETECTORS = ("PP-OCRv4_mobile_det", "PP-OCRv6_tiny_det")
