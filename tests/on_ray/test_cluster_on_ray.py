@@ -24,7 +24,8 @@ import raysys.cluster
 from raysys.cluster import check_storage, live_nodes, make_room, ray_session, settled_nodes, watched
 from raysys.config import RayConfig
 from raysys.room import Need, num_that_fit
-from raysys.storage import UserError, WorkFailed, write_bytes
+from raysys.errors import UserError, WorkFailed
+from raysys.storage import write_bytes
 """
 
 
