@@ -18,8 +18,8 @@ demo: install  ## the whole pipeline on the embedded corpus
 test: install  ## unit tests and one real run a stage, at most 15 minutes
 	$(BIN)/python -m pytest -m "not long and not gpu"
 
-test-long: install  ## what make test leaves out: processes that die, a real browser (chromium), paddlepaddle, clip-benchmark
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,paddle,clip-benchmark]'
+test-long: install  ## what make test leaves out: processes that die, a real browser (apt-get install chromium), paddlepaddle, clip-benchmark's numbers, img2dataset
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,paddle,browser]'
 	$(BIN)/python -m pytest -m "long"
 
 check: install  ## lint and types

@@ -56,7 +56,7 @@ def open_fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     bucket = rest.split("/")[0]
     if protocol in _S3 + _GCS:
         if not bucket:
-            raise UserError(f"{path}: names no bucket")
+            raise UserError(f"{path}: names no bucket; write {protocol}://BUCKET/PATH")
         if re.search("[:@]", bucket) and not bucket.startswith("arn:"):
             where = (
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -74,7 +74,7 @@ def open_fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         mend = f"pip install 'raysys[{extra}]'" if extra else str(error)
         raise UserError(f"{mask(path)}: {protocol}:// needs a package that is not installed: {mend}") from error
     except ValueError as error:
-        raise UserError(f"{mask(path)}: {error}") from error
+        raise UserError(f"{mask(path)}: {error}; give a local path, s3:// or gs://") from error
     if isinstance(fs, LocalFileSystem):
         return fs, os.path.abspath(inner)
     if protocol in _S3:
@@ -127,7 +127,7 @@ def _named(error: Exception, path: str) -> Exception | None:
     if type(error).__module__.split(".")[0] not in _LIBRARIES:
         return None
     if name == "ParamValidationError":  # no such name of a bucket can be
-        return UserError(f"{path}: {text}")
+        return UserError(f"{path}: {text}; mend the name of the bucket")
     if "Credentials" in name:
         return PermissionError(errno.EACCES, text, path)
     return ConnectionError(errno.ECONNABORTED, text, path)
@@ -176,9 +176,9 @@ def read_json(path: str) -> Any:
     try:
         return json.loads(read_bytes(path))
     except FileNotFoundError as error:
-        raise UserError(f"{mask(path)}: no such file") from error
+        raise UserError(f"{mask(path)}: no such file; check the path") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{mask(path)}: not valid JSON ({error})") from error
+        raise UserError(f"{mask(path)}: not valid JSON ({error}); mend the file") from error
 
 
 @contextmanager
@@ -402,7 +402,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[FileInfo
             else:
                 info = _info(fs, inner)
             if info is None:
-                raise UserError(f"{mask(pattern)}: no such file or folder")
+                raise UserError(f"{mask(pattern)}: no such file or folder; check the path")
             if info["type"] == "directory":
                 files = {name: i for name, i in fs.find(inner, detail=True).items() if name.endswith(suffixes)}
                 roots.append(inner)
@@ -411,10 +411,10 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[FileInfo
                 roots.append(parent)
         twice = found.keys() & files.keys()
         if twice:
-            raise UserError(f"{mask(path)}: names {mask(min(twice))} twice")
+            raise UserError(f"{mask(path)}: names {mask(min(twice))} twice; name it once")
         found |= files
     if not found:
-        raise UserError(f"{mask(path)}: no {' or '.join(suffixes)} files there")
+        raise UserError(f"{mask(path)}: no {' or '.join(suffixes)} files there; check the path")
     root = os.path.commonpath(roots)
     if not root:
         raise UserError(f"{mask(path)}: names several buckets; make each a source (corpus.sources.NAME.path=...)")
@@ -464,8 +464,12 @@ def list_files(path: str, suffix: str) -> tuple[str, list[str]]:
 
 
 def shard_name(relative: str) -> str:
-    """A shard's name in file names and columns: its path below the corpus root, percent-encoded."""
-    return quote(relative, safe="")
+    """A shard's name in file names and columns: its path below the corpus root, percent-encoded.
+
+    So is a dot or an underscore at its beginning: pandas, Arrow and Spark pass over files of a folder that begin with one.
+    """
+    hidden = relative[:1] in (".", "_")
+    return f"%{ord(relative[0]):02X}{quote(relative[1:], safe='')}" if hidden else quote(relative, safe="")
 
 
 def sha256_file(path: str) -> str:

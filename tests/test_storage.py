@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -47,6 +48,12 @@ def test_same_name_in_two_folders_is_two_shards(tmp_path: Path) -> None:
         (tmp_path / folder / "0.tar").touch()
     _, found = list_files(str(tmp_path), ".tar")
     assert [shard_name(f) for f in found] == ["a%2F0.tar", "b%2F0.tar"]
+
+
+@pytest.mark.parametrize("path", ["_a/_0.tar", ".a/.0.tar", "a/_0.tar", "ü.tar", "%5F.tar"])
+def test_a_shards_name_comes_back_and_is_never_that_of_a_hidden_file(path: str) -> None:
+    name = shard_name(path)
+    assert unquote(name) == path and "/" not in name and name[0] not in "._"
 
 
 def test_missing_and_empty_are_said(tmp_path: Path) -> None:
