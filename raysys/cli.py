@@ -22,11 +22,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from raysys import console
 from raysys.config import VERBS, TrainConfig, check, choices, config_dir
 from raysys.errors import UserError, WorkFailed
 from raysys.keys import fold, groups, read_group, read_keys, type_of
 from raysys.masking import mask, remember_interpolated
-from raysys.patience import explained, is_final
+from raysys.patience import explained, is_final, refused
 
 # Verb -> (module and function, what it does, an example); in the order of the pipeline.
 HELP: dict[str, tuple[str, str, str]] = {
@@ -65,6 +66,11 @@ HELP: dict[str, tuple[str, str, str]] = {
         "raysys.reporting.html:report_verb",
         "one self-contained HTML page of any output folder",
         "raysys report R",
+    ),
+    "doctor": (
+        "raysys.doctor.examine:doctor",
+        "what this machine or cluster has, and what is missing for which verb",
+        "raysys doctor",
     ),
     "demo": (
         "raysys.demo:demo",
@@ -106,7 +112,7 @@ def _read_words(verb: str, words: list[str]) -> dict[str, str]:
             if verb == "report" and "path" not in given:
                 key, raw = "path", word
             else:
-                raise UserError(f"'{word}' is not key=value")
+                raise UserError(f"'{word}' is not key=value; `raysys {verb} --help` shows the keys")
         if key in given:
             raise UserError(
                 f"{key} is given twice ('{given[key]}' and '{raw}'); if the shell made two words of a brace list, put it in quotes"
@@ -248,18 +254,17 @@ def run(argv: list[str]) -> None:
     if "--cfg" in words:
         at = words.index("--cfg")
         if words[at + 1 : at + 2] != ["job"]:
-            raise UserError("--cfg takes the word job")
+            raise UserError("--cfg takes the word job; write --cfg job")
         print(_yaml(verb, words[:at] + words[at + 2 :]), end="")
         return
     flag = next((w for w in words if w.startswith("-")), None)
     if flag:
         raise UserError(f"unknown flag '{flag}'; there are --help and --cfg job")
+    console.begin(verb, "json" if "verbosity=json" in words else "normal")  # of a mistake in the other words too
     cfg = compose_config(verb, words)
+    console.begin(verb, cfg.verbosity)
     module, function = HELP[verb][0].split(":")
     getattr(importlib.import_module(module), function)(cfg)
-
-
-_OF_THE_INPUT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ConnectionError, TimeoutError)
 
 
 def main() -> None:
@@ -278,16 +283,17 @@ def main() -> None:
     except OSError as error:
         if is_final(error):
             _end(name, explained(error), 1)
-        if not isinstance(error, _OF_THE_INPUT):
+        mistake = refused(error)
+        if mistake is None:
             raise
-        _end(name, f"{error.filename or ''}: {error.strerror or error}", 2)
+        _end(name, mistake, 2)
     except KeyboardInterrupt:
         _end(name, "stopped; the same words take it up again", 130)
 
 
 def _end(name: str, why: object, status: int) -> NoReturn:
     """One line, whatever it was."""
-    print(f"{name}: {mask(' '.join(str(why).split()))}", file=sys.stderr)
+    console.tell_error(name, mask(" ".join(str(why).split())), status)
     sys.exit(status)
 
 

@@ -38,10 +38,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.config import RayConfig
+from raysys.console import duration, waiting_for, warn
 from raysys.errors import UserError, WorkFailed
 from raysys.masking import INTERPOLATED, mask
 from raysys.patience import RETRY_S
-from raysys.progress import duration
 from raysys.room import Bundle, Need, left_over, missing
 from raysys.storage import exists, join, read_bytes, remove_file, write_bytes
 
@@ -79,7 +79,10 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         _knock(address)
-        with nullcontext() if cfg.verbose else _mute():
+        with (
+            waiting_for("starting Ray" if address in (None, "local") else f"joining Ray at {address}"),
+            nullcontext() if cfg.verbose else _mute(),
+        ):
             ray.init(
                 address=address or "local",
                 num_cpus=None if address else cfg.num_cpus,
@@ -92,7 +95,12 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
                 runtime_env={"env_vars": {INTERPOLATED: os.environ[INTERPOLATED]}} if os.environ.get(INTERPOLATED) else None,
             )
     except (ConnectionError, TimeoutError, OverflowError, socket.gaierror) as error:
-        raise UserError(f"RAY_ADDRESS={address}: no Ray answers there ({error})") from error
+        if address is None:
+            raise WorkFailed(f"Ray did not start on this machine ({error}); `raysys doctor ray.verbose=true` shows why") from error
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it (`ray start --head` there), "
+            "or unset RAY_ADDRESS for a cluster of this machine"
+        ) from error
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
             f"RAY_ADDRESS={address}: the cluster lets in only who has its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
@@ -101,7 +109,7 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
             raise
-        raise UserError(f"RAY_ADDRESS={address}: {error}") from error
+        raise UserError(f"RAY_ADDRESS={address}: {error}; install the cluster's versions of Python and Ray here") from error
     ray.data.DataContext.get_current().memory_usage_poll_interval_s = (
         None  # walking an actor's pages every second costs it some per cent
     )
@@ -232,11 +240,12 @@ def make_room(need: Need, wait_minutes: float | None, *, enough: Sequence[Bundle
                 raise UserError(f"{why}, which says that it can never bring it; ask for less, or let it bring more or larger nodes")
             if wait_minutes is not None and spent > wait_minutes * 60:
                 raise WorkFailed(
-                    f"{why}; it did not come in {duration(spent)} (ray.wait_minutes={wait_minutes:g}); {what_is_free(need)}"
+                    f"{why}; it did not come in {duration(spent)} (ray.wait_minutes={wait_minutes:g}); {what_is_free(need)}; "
+                    "ask for less, or wait longer"
                 )
             if spent > SETTLE_S + told * TELL_EVERY_S:
                 told += 1
-                print(f"{_clock()} {why} ({duration(spent)}); {what_is_free(need)}", file=sys.stderr, flush=True)
+                warn(f"{why} ({duration(spent)}); {what_is_free(need)}; to wait no longer: Ctrl-C, and ask for less")
     finally:
         remove_placement_group(group)
 
@@ -247,10 +256,6 @@ def _autoscaler() -> Any:
     gcs: Any = global_worker
     reply.ParseFromString(gcs.gcs_client.get_cluster_status())
     return reply.autoscaling_state
-
-
-def _clock() -> str:
-    return time.strftime("%H:%M:%S")
 
 
 def what_is_free(need: Need) -> str:
@@ -275,10 +280,10 @@ def watched(need: Need) -> Iterator[None]:
             except (ray.exceptions.RayError, ConnectionError):  # the head starts again
                 continue
             if lost is None and told:
-                print(f"{_clock()} {need.what}: there is room again", file=sys.stderr, flush=True)
+                warn(f"{need.what}: there is room again")
                 told = 0.0
             elif lost is not None and (not told or time.monotonic() - told > TELL_EVERY_S):
-                print(f"{_clock()} {lost}; waiting for nodes", file=sys.stderr, flush=True)
+                warn(f"{lost}; waiting for nodes")
                 told = time.monotonic()
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -310,7 +315,8 @@ def check_storage(output: str | None, inputs: Mapping[str, str]) -> None:
     for node, answer in zip(workers, asked, strict=True):
         if not ray.wait([answer], timeout=0)[0]:
             raise UserError(
-                f"node {node.address} could not look at the storage in {STORAGE_ANSWER_S:.0f} s; does a mount hang there?"
+                f"node {node.address} could not look at the storage in {STORAGE_ANSWER_S:.0f} s; "
+                "mend the mount that hangs there, or take the node out"
             )
         try:
             seen = ray.get(answer)

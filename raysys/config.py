@@ -22,6 +22,14 @@ LOSSES = ("clip", "siglip")
 OVERFLOWS = ("cut", "fit", "wrap")
 STRATEGIES = ("ddp", "fsdp")
 SEARCHES = ("grid", "random", "tpe")
+VERBOSITIES = ("normal", "quiet", "json")
+
+
+@dataclass
+class VerbConfig:
+    verbosity: str = "normal"
+    """``normal``; ``quiet``: only where the result lies, and what goes wrong; ``json``: every line a JSON object (:mod:`raysys.console`).
+    Ray's own lines are off in all of them: ``ray.verbose=true`` shows them."""
 
 
 @dataclass
@@ -344,7 +352,7 @@ class ServiceConfig:
 
 
 @dataclass
-class QuestionsConfig:
+class QuestionsConfig(VerbConfig):
     """What a model is asked, and where the pictures are."""
 
     evaluators: list[str] = MISSING
@@ -360,7 +368,7 @@ class QuestionsConfig:
 
 
 @dataclass
-class RecipeConfig:
+class RecipeConfig(VerbConfig):
     """What is trained, on what, and how."""
 
     output: str = MISSING
@@ -412,7 +420,7 @@ class TrainConfig(QuestionsConfig, RecipeConfig):
 
 
 @dataclass
-class AnnotateConfig:
+class AnnotateConfig(VerbConfig):
     output: str = MISSING
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     ocr: OcrConfig = field(default_factory=OcrConfig)
@@ -420,7 +428,7 @@ class AnnotateConfig:
 
 
 @dataclass
-class FilterConfig:
+class FilterConfig(VerbConfig):
     output: str = MISSING
     annotations: str = MISSING
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -468,7 +476,7 @@ class AttackSettings:
 
 
 @dataclass
-class AttackConfig:
+class AttackConfig(VerbConfig):
     output: str = MISSING
     imagenet: ClassSetConfig = field(default_factory=ClassSetConfig)
     attack: AttackSettings = field(default_factory=AttackSettings)
@@ -534,13 +542,18 @@ class SweepConfig(TrainConfig):
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(VerbConfig):
     path: str = MISSING
     """Any output folder of raysys; ``raysys report PATH`` writes PATH/report.html."""
 
 
 @dataclass
-class DemoConfig:
+class DoctorConfig(VerbConfig):
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass
+class DemoConfig(VerbConfig):
     output: str = MISSING
     num_scenes: int = 14_000
     text_share: float = 0.5
@@ -566,6 +579,7 @@ VERBS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
     "report": ReportConfig,
+    "doctor": DoctorConfig,
     "demo": DemoConfig,
 }
 """Verb -> schema, in the order of the pipeline."""
@@ -605,7 +619,7 @@ def check_ocr(ocr: OcrConfig) -> None:
         _share(f"ocr.{key}", getattr(ocr, key))
     for key in ("unclip_ratio", "max_regions", "batch", "decode_threads", "decode_timeout_s", "unit_mb"):
         _positive(f"ocr.{key}", getattr(ocr, key))
-    _require(len(ocr.looks) > 0, "ocr.looks is empty: there must be at least one look")
+    _require(len(ocr.looks) > 0, "ocr.looks is empty: give at least one look")
     for number, look in enumerate(ocr.looks):
         for key in ("enlarge", "max_side_px"):
             _positive(f"ocr.looks[{number}].{key}", getattr(look, key))
@@ -663,7 +677,10 @@ def check_workers(cfg: TrainConfig | DemoConfig) -> None:
     if isinstance(workers, list):
         whole = len(workers) == 2 and all(type(n) is int for n in workers) and 1 <= workers[0] <= workers[1]
         _require(whole, f"num_workers={workers} must be a number or [min,max]")
-        _require(cfg.train.strategy == "ddp", f"num_workers={workers}: train.strategy=fsdp needs a fixed number of workers")
+        _require(
+            cfg.train.strategy == "ddp",
+            f"num_workers={workers}: train.strategy=fsdp needs a fixed number of workers; try {workers[1]}",
+        )
         most = min(batch, lanes)
         _require(workers[1] <= most, f"num_workers={workers}: at most {most}, as global_batch={batch} and order.lanes={lanes}")
         return
@@ -724,7 +741,7 @@ def check_attack(attack: AttackSettings) -> None:
             "attack.classes=confusions needs attack.predictions=E/predictions/imagenet_MODEL.parquet",
         )
     else:
-        _require(attack.predictions is None, "attack.predictions is for attack.classes=confusions")
+        _require(attack.predictions is None, "attack.predictions is for attack.classes=confusions; leave it out")
     if attack.classes == "nearest":
         _require(attack.model is not None, "attack.classes=nearest needs attack.model=MODEL")
 
@@ -750,7 +767,7 @@ def check_sweep(cfg: SweepConfig) -> None:
         _require(every is not None, f"asha.grace_steps={grace} needs train.validate_every=N: trials are compared by validations")
         _require(
             every is None or grace >= every,
-            f"asha.grace_steps={grace} comes before the first validation, train.validate_every={every}",
+            f"asha.grace_steps={grace} comes before the first validation, train.validate_every={every}; give as many",
         )
         _require(
             cfg.seeds == 1,
@@ -774,6 +791,8 @@ def check_corpus(corpus: CorpusConfig, *, needed: bool) -> None:
 
 def check(cfg: Any) -> None:
     """Refuse impossible values. :raises ValueError: with one line that names the key and the mend."""
+    if isinstance(cfg, VerbConfig):
+        _one_of("verbosity", cfg.verbosity, VERBOSITIES)
     if isinstance(cfg, AnnotateConfig | TrainConfig | FilterConfig):
         check_corpus(cfg.corpus, needed=not isinstance(cfg, FilterConfig))
     if hasattr(cfg, "ocr"):
@@ -795,7 +814,8 @@ def check(cfg: Any) -> None:
         )
     if isinstance(cfg, TrainConfig | DemoConfig) and cfg.train.validate_every is not None:
         _require(
-            isinstance(cfg, TrainConfig), "train.validate_every is for train and sweep; demo evaluates a model when it is trained"
+            isinstance(cfg, TrainConfig),
+            "train.validate_every is for train and sweep; demo evaluates a model when it is trained; leave it out",
         )
         _require(isinstance(cfg, TrainConfig) and len(cfg.evaluators) > 0, "train.validate_every needs evaluators=[...]")
     if isinstance(cfg, SweepConfig):

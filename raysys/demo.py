@@ -34,6 +34,7 @@ from raysys.config import (
     RetrievalSetConfig,
     TrainConfig,
 )
+from raysys.console import Progress, say, tell_result, within_another
 from raysys.corpus import scenes
 from raysys.corpus.shards import iter_samples, open_corpus
 from raysys.evaluation.metrics import PRIMARY
@@ -42,7 +43,6 @@ from raysys.masking import mask
 from raysys.output import Output, open_output, settings_of
 from raysys.policy.policy import TEXT_AREA
 from raysys.policy.select import filter_annotations
-from raysys.progress import Progress
 from raysys.regions.on_ray import annotate
 from raysys.reporting.html import report
 from raysys.storage import read_bytes, read_json, write_json
@@ -56,7 +56,7 @@ QUESTIONS = {"clean": "imagenet", "retrieval": "retrieval", "attacked": "imagene
 def demo(cfg: DemoConfig) -> None:
     output = open_output(cfg.output, "demo", settings_of(cfg))
     started = time.time()
-    with ray_session(cfg.ray):
+    with ray_session(cfg.ray), within_another():
         _stage(1, "draw scenes")
         _draw(cfg, output)
         corpus = CorpusConfig(path=output.join("scenes", "train"))
@@ -94,15 +94,18 @@ def demo(cfg: DemoConfig) -> None:
     write_json(output.join("results.json"), results)
     output.finish({"scenes": cfg.num_scenes, "steps": cfg.train.steps}, minutes=round((time.time() - started) / 60, 1))
     page = report(output.path)
-    print(_table(results))
-    print(f"demo: {(time.time() - started) / 60:.1f} minutes")
-    print(f"result: {mask(output.path)}/results.json")
-    print(f"report: {mask(page)}")
-    print("next:   raysys annotate corpus.path=YOUR_SHARDS output=ANNOTATIONS")
+    say(_table(results))
+    say(f"demo: {(time.time() - started) / 60:.1f} minutes")
+    tell_result(
+        f"{mask(output.path)}/results.json",
+        report=f"{mask(page)}   (open it in a browser)",
+        board=f"tensorboard --logdir {mask(output.path)}",
+        next_words="raysys annotate corpus.path=YOUR_SHARDS output=ANNOTATIONS",
+    )
 
 
 def _stage(number: int, what: str) -> None:
-    print(f"\n=== {number}/5 {what}", flush=True)
+    say(f"\n=== {number}/5 {what}")
 
 
 @ray.remote
@@ -116,14 +119,13 @@ def _draw(cfg: DemoConfig, output: Output) -> None:
     plan = scenes.shard_plan(output.join("scenes", "train"), num_samples=cfg.num_scenes, samples_per_shard=500)
     todo = [shard for shard in plan if not shard[0].exists()]
     waiting = [_draw_shard.remote(str(path), first, count, cfg.seed, cfg.text_share) for path, first, count in todo]
-    progress = Progress("draw", len(waiting), "shards")
-    while waiting:
-        done, waiting = ray.wait(waiting)
-        progress.advance(len(done), items=sum(ray.get(done)))
-    progress.close()
+    with Progress("draw", len(waiting), "shards") as progress:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            progress.advance(len(done), items=sum(ray.get(done)))
     if not os.path.exists(output.join("scenes", "retrieval-00000.tar")):
         scenes.write_evaluation_sets(output.join("scenes"), seed=cfg.seed)
-    print(f"demo: {cfg.num_scenes} scenes to train on, {cfg.text_share:.0%} of them with text")
+    say(f"demo: {cfg.num_scenes} scenes to train on, {cfg.text_share:.0%} of them with text")
 
 
 def _templates(output: Output) -> str:

@@ -37,7 +37,8 @@ def type_of(schema: type, key: str) -> Any:
             near = difflib.get_close_matches(part, hints, n=2)
             known = ", ".join(".".join([*path, name]) for name in (near or hints))
             raise UserError(
-                f"unknown key '{key}'" + (f"; did you mean {known}?" if near else f"; known here: {known}" if known else "")
+                f"unknown key '{key}'"
+                + (f"; did you mean {known}?" if near else f"; known here: {known}" if known else f"; {'.'.join(path)} has no keys")
             )
         here = hints[part]
         path.append(part)
@@ -79,11 +80,11 @@ def read_keys(word: str, file: Path, schema: type, *, prefix: str = "") -> dict[
 def load_yaml(word: str, file: Path) -> dict[Any, Any]:
     """By OmegaConf's loader: ``5e-4`` is a number, a key given twice an error."""
     if not file.is_file():
-        raise UserError(f"{word}: no such file")
+        raise UserError(f"{word}: no such file; check the path")
     try:
         loaded = OmegaConf.load(file)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{word}: not valid YAML ({fold(error)})") from error
+        raise UserError(f"{word}: not valid YAML ({fold(error)}); mend the file") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{word}: must hold keys and values")
     return OmegaConf.to_container(loaded)  # type: ignore[return-value]

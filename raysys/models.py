@@ -124,9 +124,9 @@ def check_model(spec: str, pretrained: str | None) -> None:
         )
     if pretrained is not None and pretrained not in (RANDOM, *tags) and not exists(pretrained):
         near = difflib.get_close_matches(pretrained, tags, n=3) or tags[:5]
-        known = f"; tags of {spec}: {', '.join(near)}" if near else ""
+        names = f"; tags of {spec}: {', '.join(near)}" if near else ""
         raise UserError(
-            f"pretrained={mask(pretrained)} is neither a file nor a tag of model={mask(spec)} nor the word random{known}"
+            f"pretrained={mask(pretrained)} is neither a file nor a tag of model={mask(spec)} nor the word random{names}"
         )
 
 
@@ -276,7 +276,9 @@ def _last_part(spec: str) -> str:
 def _checked(config: Any, path: str) -> dict[str, Any]:
     missing = [key for key in _CONFIG_KEYS if key not in config] if isinstance(config, dict) else list(_CONFIG_KEYS)
     if missing:
-        raise UserError(f"{mask(path)}: not an open_clip model config ({', '.join(missing)} missing)")
+        raise UserError(
+            f"{mask(path)}: not an open_clip model config ({', '.join(missing)} missing); add them, or give another file"
+        )
     return config
 
 
@@ -284,7 +286,9 @@ def _folder(folder: str) -> _Source:
     """A folder in open_clip's format. :raises UserError: without weights (open_clip itself would go on with random ones)."""
     config_file = join(folder, CONFIG_FILE)
     if not exists(config_file):
-        raise UserError(f"local-dir:{mask(folder)}: no {CONFIG_FILE} there, so it is no open_clip folder")
+        raise UserError(
+            f"local-dir:{mask(folder)}: no {CONFIG_FILE} there, so it is no open_clip folder; give one that has it, as RUN/open_clip"
+        )
     content = read_json(config_file)
     config = _checked(content.get("model_cfg") if isinstance(content, dict) else None, config_file)
     fs, inner = open_fs(folder)
@@ -313,7 +317,8 @@ def _build(spec: str, name: str, *, pretrained: str | None = None, **how: Any) -
     except (*_UNREADABLE, *_UNFIT) as error:
         first = " ".join(str(error).split())[:200]
         weights = f" with the weights of {mask(pretrained)}" if pretrained else ""
-        raise UserError(f"model={mask(spec)}{weights} cannot be built: {first}") from error
+        mend = "give weights that fit it" if pretrained else "mend its config, or copy its files again"
+        raise UserError(f"model={mask(spec)}{weights} cannot be built ({first}); {mend}") from error
 
 
 def _refuse_stretched(spec: str, weights: str, model: torch.nn.Module) -> None:

@@ -138,16 +138,18 @@ def _differences(old: Any, new: Any, skip: tuple[str, ...] = (), prefix: str = "
 
 def settings_of(cfg: Any, *drop: str) -> dict[str, Any]:
     """A config as plain values for settings.json, less the keys that never change a result."""
-    return {key: value for key, value in asdict(cfg).items() if key not in ("output", "ray", *drop)}
+    return {key: value for key, value in asdict(cfg).items() if key not in ("output", "ray", "verbosity", *drop)}
 
 
 def require_finished(path: str, verb: str) -> dict[str, Any]:
     """The manifest of another verb's output. :raises UserError: where it is missing, foreign or unfinished."""
     if not exists(join(path, "settings.json")):
-        raise UserError(f"{mask(path)}: not a folder that `raysys {verb}` wrote (no settings.json)")
+        raise UserError(f"{mask(path)}: not a folder that `raysys {verb}` wrote (no settings.json); give its output")
     if not exists(join(path, "manifest.json")):
         raise UserError(f"{mask(path)}: `raysys {verb}` has not finished there; run it again with the same words")
     manifest = read_json(join(path, "manifest.json"))
     if manifest.get("verb") != verb:
-        raise UserError(f"{mask(path)}: written by `raysys {manifest.get('verb')}`, not by `raysys {verb}`")
+        raise UserError(
+            f"{mask(path)}: written by `raysys {manifest.get('verb')}`, not by `raysys {verb}`; give the output of `raysys {verb}`"
+        )
     return manifest

@@ -1,8 +1,8 @@
 """Storage that fails: what passes is waited for, what does not is told in one line.
 
 In: a remote filesystem of fsspec; errors of files. Out: :class:`Patient`, which asks again for a while; for errors that no new try mends,
-whether they are such (:func:`is_final`) and the words (:func:`explained`). Local paths are never tried again: a network mount does that
-by itself.
+whether they are such (:func:`is_final`) and the words (:func:`explained`); the words for what the user mends (:func:`refused`). Local paths
+are never tried again: a network mount does that by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import functools
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from raysys.errors import WorkFailed
+from raysys.console import warn
+from raysys.errors import UserError, WorkFailed
 from raysys.masking import mask
 
 T = TypeVar("T")
@@ -35,6 +35,13 @@ _NO_ROOM = {
     errno.ENOSPC: "no space left on the device of {}; make room",
     errno.EDQUOT: "the disk quota is used up at {}; make room",
     errno.EROFS: "{} is on a read-only filesystem; make it writable",
+}
+_MENDS = {
+    FileNotFoundError: "check the path",
+    PermissionError: "give this user, or its credentials, the right to it",
+    NotADirectoryError: "a part of the path is a file: check the path",
+    IsADirectoryError: "it is a folder: give a file",
+    **dict.fromkeys((ConnectionError, TimeoutError), "check the address and the network"),
 }
 _OPERATIONS = ("cat_file", "info", "exists", "isdir", "ls", "find", "glob", "pipe_file", "put_file", "put", "get", "rm", "rm_file")
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
@@ -89,7 +96,7 @@ def insist(url: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
                 raise StorageDown(errno.ECONNABORTED, f"{said} (tried for {now - begun:.0f} s)", url) from error
         if now - _last_said > SAY_EVERY_S:
             _last_said = now
-            print(f"{url}: {said}; trying again for up to {RETRY_S:.0f} s", file=sys.stderr, flush=True)
+            warn(f"{url}: {said}; trying again for up to {RETRY_S:.0f} s")
         time.sleep(pause_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
@@ -132,6 +139,14 @@ def explained(error: OSError) -> WorkFailed:
     if isinstance(cause, StorageDown):
         return WorkFailed(f"{where}: {cause.strerror}; run the same words again later: what is done stays")
     return WorkFailed(f"{_NO_ROOM[cause.errno or errno.ENOSPC].format(where)} and run the same words again: what is done stays")
+
+
+def refused(error: OSError) -> UserError | None:
+    """One line for the user, of an error that the words or the machine can mend; None for any other: that is a bug."""
+    cause = getattr(error, "cause", error)
+    mend = next((mend for kind, mend in _MENDS.items() if isinstance(cause, kind)), None)
+    where = f"{mask(str(cause.filename))}: " if cause.filename else ""
+    return UserError(f"{where}{cause.strerror or cause}; {mend}") if mend else None
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import tarfile
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ from raysys.evaluation.evaluator import SetResult
 from raysys.evaluation.metrics import CLASSIFICATION, metrics
 from raysys.evaluation.results import read_results, write_comparison, write_result
 from raysys.output import open_output
+from raysys.regions import gallery
 from raysys.regions.annotations import SCHEMA, AnnotationFiles
-from raysys.reporting import html
 from raysys.reporting.html import report, series_of
 from raysys.storage import identity, write_json
 from raysys.sweeping.results import points_of, row_of, write_tables
@@ -221,9 +224,13 @@ def grid_sweep(path: Path, *, num_seeds: int = 3) -> Path:
     return sweep(path, GRID, grid_of(GRID), results, manifest={"seconds": 600.0, "decoded": {"imagenet": 1234}, "best": 2})
 
 
+def section_of(page: str, title: str) -> str:
+    return page[page.index(f"<h2>{title}</h2>") :].split("<h2>")[1]
+
+
 def plot_of(page: str, section: str, title: str) -> str:
     """The SVG under a heading and a title."""
-    of_section = page[page.index(f"<h2>{section}</h2>") :].split("<h2>")[1]
+    of_section = section_of(page, section)
     return of_section[of_section.index(f"<figcaption>{title}</figcaption>") :].split("</figure>")[0]
 
 
@@ -253,7 +260,7 @@ def test_annotations_show_counts_pictures_with_polygons_and_errors(tmp_path: Pat
     assert "<td>4,321</td>" in page
     assert re.search(r"<td>undecodable</td>\s*<td>17</td>\s*<td>0.4%</td>", page)
     assert 'points="0.1000,0.2000 0.5000,0.2000 0.5000,0.4000 0.1000,0.4000"' in page
-    assert page.count("data:image/jpeg;base64,") == 3  # the broken one has none
+    assert section_of(page, "Pictures").count("data:image/jpeg;base64,") == 3  # the broken one has none
     assert "not shown" not in page
     assert re.search(
         r"<td>paper</td>\s*<td>2</td>\s*<td>50.0%</td>", page
@@ -269,18 +276,50 @@ def test_hostile_caption_and_recognised_text_stay_text(tmp_path: Path) -> None:
         assert "&lt;b&gt;SALE&lt;/b&gt;" in page and "<b>SALE" not in page
 
 
-def test_slider_carries_what_the_policy_keeps_at_each_threshold(tmp_path: Path) -> None:
-    stops = re.search(r'data-stops="([^"]*)"', page_of(annotated(tmp_path)))
-    assert stops
-    kept = {float(threshold.rstrip("%")): n for threshold, n, _ in json.loads(stops.group(1).replace("&#34;", '"'))}
-    assert {n for threshold, n in kept.items() if threshold < 8} == {2}  # the sign covers 8 %
-    assert {n for threshold, n in kept.items() if threshold > 8.1} == {3}
+def sliders(page: str) -> dict[str, list[tuple[str, str, float]]]:
+    """Threshold -> (value, what it keeps, place of the cursor) at each stop."""
+    found = re.findall(r'<div class="threshold" data-stops="([^"]*)">.*?<code>([\w.]+)=', page, re.DOTALL)
+    return {key: json.loads(unescape(stops)) for stops, key in found}
+
+
+def kept_at(page: str) -> dict[str, dict[float, int]]:
+    """Threshold -> value (infinite: any) -> samples kept, of the whole corpus."""
+    number = {
+        key: [(value, text.removeprefix("about ").split()[0]) for value, text, _ in stops] for key, stops in sliders(page).items()
+    }
+    return {
+        key: {float("inf" if value == "null" else value): int(n.replace(",", "")) for value, n in stops}
+        for key, stops in number.items()
+    }
+
+
+def test_sliders_carry_what_the_policy_keeps_at_each_value_of_every_threshold(tmp_path: Path) -> None:
+    kept = kept_at(page_of(annotated(tmp_path)))
+    # 4 rows stand for 4,321: a sign of 8 %, read with .95 in four letters; a faint box, read with .1; a plain picture; a broken one
+    half, three = 2160, 3240
+    area = kept["policy.max_text_area"]
+    assert {n for value, n in area.items() if value < 0.08} == {half} and {n for value, n in area.items() if value > 0.081} == {
+        three
+    }
+    assert kept["policy.min_text_score"][0.0] == 1080 and kept["policy.min_text_score"][0.5] == half
+    assert kept["policy.min_text_score"][0.975] == three
+    assert kept["policy.min_text_chars"][4] == half and kept["policy.min_text_chars"][10] == three
+    assert kept["policy.max_regions"][0] == half and kept["policy.max_regions"][math.inf] == three  # on the policy none
+    assert "policy.max_caption_overlap" not in kept  # no caption's word stands on its picture
+
+
+def test_pictures_beside_a_slider_say_where_their_verdict_changes(tmp_path: Path) -> None:
+    page = page_of(selection(tmp_path, annotated(tmp_path)))
+    area = next(part for part in page.split('<div class="threshold"') if "<code>policy.max_text_area=" in part)
+    [near] = re.findall(r'data-flip="(\d+)" data-before="(\w+)".*?<div class="caption">([^<]*)<', area, re.DOTALL)
+    stops = [float(value) for value, _, _ in sliders(page)["policy.max_text_area"]]
+    assert near[1:] == ("dropped", "a sign") and stops[int(near[0]) - 1] < 0.08 <= stops[int(near[0])]
 
 
 def test_large_annotations_are_read_in_part_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "MAX_ROWS", 3)
+    monkeypatch.setattr(gallery, "MAX_ROWS", 3)
     page = page_of(annotated(tmp_path))
-    assert "the first 3 rows only" in page and "<td>4,321</td>" in page
+    assert "look at 3 rows from shards all over the 2;" in page and "<td>4,321</td>" in page
 
 
 def test_a_shard_that_changed_is_not_read_as_pictures(tmp_path: Path) -> None:
@@ -288,7 +327,7 @@ def test_a_shard_that_changed_is_not_read_as_pictures(tmp_path: Path) -> None:
     with (tmp_path / "corpus" / "c.tar").open("ab") as file:
         file.write(b"more")
     page = page_of(source)
-    assert page.count("data:image/jpeg;base64,") == 2
+    assert section_of(page, "Pictures").count("data:image/jpeg;base64,") == 2
     assert "its shard has changed since it was annotated" in page
 
 
@@ -297,7 +336,22 @@ def test_selection_groups_pictures_by_reason(tmp_path: Path) -> None:
     assert "Kept 2 of 4" in page
     assert [page.index(f"<h3>{title}</h3>") for title in ("kept", "text_area", "undecodable")]
     kept = page[page.index("<h3>kept</h3>") : page.index("<h3>text_area</h3>")]
-    assert kept.index("a wall") < kept.index("&lt;script&gt;")  # borderline first: the wall has a box
+    assert kept.index("a wall") < kept.index("&lt;script&gt;")  # borderline first: the wall has a box, read with .1
+    assert "the other verdict at policy.min_text_score=0.1<" in kept
+
+
+def test_selection_whose_annotations_changed_says_so(tmp_path: Path) -> None:
+    out = selection(tmp_path, annotated(tmp_path))
+    manifest = json.loads((out / "manifest.json").read_text())
+    write_json(str(out / "manifest.json"), manifest | {"annotations_sha256": "0" * 64})
+    assert "The annotations changed since this selection was made" in page_of(out)
+    own = hashlib.sha256((tmp_path / "annotations" / "manifest.json").read_bytes()).hexdigest()
+    write_json(str(out / "manifest.json"), manifest | {"annotations_sha256": own})
+    assert "The annotations changed" not in page_of(out)
+
+
+def test_selection_counts_are_those_of_its_manifest(tmp_path: Path) -> None:
+    page = page_of(selection(tmp_path, annotated(tmp_path)))
     assert re.search(r"<td>text_area</td>\s*<td>1</td>\s*<td>25.0%</td>", page)
 
 
@@ -310,8 +364,8 @@ def test_run_shows_every_metric_and_a_repeated_step_counts_once(tmp_path: Path) 
     out = run(tmp_path / "run")
     assert series_of(str(out))["loss"] == ([10, 20, 30], [3.0, 1.5, 1.0])
     page = page_of(out)
-    for title in ("loss", "image accuracy", "new metric"):
-        assert f"<figcaption>{title}</figcaption><svg" in page
+    assert "<figcaption>loss</figcaption><svg" in page
+    assert "<td>image_accuracy</td><td>0.1</td>" in page and "<td>new_metric</td><td>7</td>" in page  # plots of nothing
     assert "<figcaption>note" not in page
 
 

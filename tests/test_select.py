@@ -161,13 +161,15 @@ def test_counts_by_reason_and_a_row_for_every_sample(two_folders: Work, capsys: 
 def test_the_folder_holds_the_selection_and_nothing_else(two_folders: Work) -> None:
     two_folders.filter()
     folder = two_folders.folder / "S"
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+    *files, board = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert files == [
         "manifest.json",
         "selection/a%2F0.tar.parquet",
         "selection/b%2F0.tar.parquet",
         "settings.json",
         "shards.arrow",
     ]
+    assert board.startswith("tensorboard/events.out.tfevents.")
     assert not (folder / "_tmp").exists()
     schema = pq.read_schema(folder / "selection" / "a%2F0.tar.parquet")
     assert {field.name: str(field.type) for field in schema} == {
@@ -258,11 +260,12 @@ def test_a_shard_that_is_not_annotated_yet_is_no_matter(two_folders: Work) -> No
 
 def test_a_corpus_out_of_reach_is_said_and_an_error_only_for_shards(two_folders: Work, capsys: pytest.CaptureFixture[str]) -> None:
     (two_folders.folder / "corpus").rename(two_folders.folder / "moved")
-    with pytest.raises(UserError, match=r"shards= copies from the corpus: .*no such file or folder; say .* corpus\.path="):
+    says = r"shards= copies from the corpus; say with corpus\.path= where it lies now \(.*no such file or folder"
+    with pytest.raises(UserError, match=says):
         two_folders.export()
     assert not (two_folders.folder / "S").exists() and not (two_folders.folder / "F").exists()
     two_folders.filter()
-    assert "filter: could not check that the corpus is as it was annotated" in capsys.readouterr().out
+    assert "filter: could not check that the corpus is as it was annotated" in capsys.readouterr().err
     moved = CorpusConfig(path=str(two_folders.folder / "moved"))
     two_folders.filter(corpus=moved)
     assert f"corpus.path={moved.path} selection=" in capsys.readouterr().out
@@ -271,7 +274,7 @@ def test_a_corpus_out_of_reach_is_said_and_an_error_only_for_shards(two_folders:
     assert f"next:   raysys train corpus.path={two_folders.folder}/F model=" in capsys.readouterr().out  # selected already
 
 
-def test_filter_opens_no_shard(two_folders: Work) -> None:
+def test_filter_decides_without_a_shard(two_folders: Work) -> None:
     for folder in "ab":
         file = two_folders.folder / "corpus" / folder / "0.tar"
         size, stamps = file.stat().st_size, stamp_of(file)
@@ -300,6 +303,16 @@ def test_several_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         work.filter()
     with pytest.raises(UserError, match=r"was made of other sources \(one, two\)"):
         work.filter(corpus=CorpusConfig(path=str(tmp_path / "y z")))
+
+
+def test_a_shard_that_begins_with_an_underscore_is_found_in_its_source(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x" / "_0.tar", sample("a", noise_jpeg(1)))
+    write_tar(tmp_path / "y" / "_0.tar", sample("b", noise_jpeg(1)))
+    sources = {"one": SourceConfig(str(tmp_path / "x")), "_two": SourceConfig(str(tmp_path / "y"))}
+    work = Work(tmp_path, CorpusConfig(sources=sources))
+    work.annotate()
+    folder = work.export()
+    assert keys_of(folder / "one" / "_0.tar") == ["a"] and keys_of(folder / "_two" / "_0.tar") == ["b"]
 
 
 # ---- subset.npy -------------------------------------------------------------------------------------------------------

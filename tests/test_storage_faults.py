@@ -390,7 +390,7 @@ def test_waiting_is_said_once_and_a_verb_that_storage_fails_ends_in_one_line_wit
     status, _, err = run_cli("filter", f"annotations={bucket}/A", f"output={bucket}/S")
     waiting, end = err.splitlines()
     assert status == 1
-    assert re.fullmatch(rf"{bucket}/\S+: .*; trying again for up to 0 s", waiting)
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d {bucket}/\S+: .*; trying again for up to 0 s", waiting)
     assert re.fullmatch(
         rf"raysys filter: {bucket}/\S+: .* \(tried for 0 s\); run the same words again later: what is done stays", end
     )

@@ -249,6 +249,12 @@ def events(folder: Path) -> list[Any]:
     return [(value, event.step) for event in LegacyEventFileLoader(str(path)).Load() for value in event.summary.value]
 
 
+def tagged(numbers: dict[str, float]) -> dict[str, float]:
+    """By the tags that training and evaluation have for them."""
+    places = {"kept_share": "data/", "steps": "train/"}
+    return {places.get(name, "val/") + name: value for name, value in numbers.items()}
+
+
 def test_hparams_stand_once_in_the_event_files_of_trials_with_numbers(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams import metadata
 
@@ -265,7 +271,7 @@ def test_hparams_stand_once_in_the_event_files_of_trials_with_numbers(tmp_path: 
         stored = metadata.parse_session_start_info_plugin_data(start.metadata.plugin_data.content).hparams
         assert {name: getattr(value, value.WhichOneof("kind")) for name, value in stored.items()} == hyper
         scalars = [(value.tag, value.simple_value, step) for value, step in found if value.HasField("simple_value")]
-        numbers |= {"kept_share": 0.25, "steps": steps}
+        numbers = tagged(numbers | {"kept_share": 0.25, "steps": steps})
         assert sorted(scalars) == sorted((name, value, steps) for name, value in numbers.items())
         (experiment,) = [value for value, _ in found if value.tag == metadata.EXPERIMENT_TAG]
         declared = metadata.parse_experiment_plugin_data(experiment.metadata.plugin_data.content)
@@ -307,8 +313,8 @@ def test_tensorboard_itself_lists_the_trials_with_their_metrics(tmp_path: Path) 
     groups = list_session_groups.Handler(request, backend, "", asked).run().session_groups
     shown = {group.sessions[0].name: {metric.name.tag: metric.value for metric in group.metric_values} for group in groups}
     assert shown == {
-        "tensorboard/p0_s0": {IMAGENET: 0.5, COCO: 0.25, "kept_share": 0.25, "score": 0.375, "steps": 100},
-        "tensorboard/p1_s1": {IMAGENET: 0.75, COCO: 0.5, "kept_share": 0.25, "score": 0.625, "steps": 40},
+        "tensorboard/p0_s0": tagged({IMAGENET: 0.5, COCO: 0.25, "kept_share": 0.25, "score": 0.375, "steps": 100}),
+        "tensorboard/p1_s1": tagged({IMAGENET: 0.75, COCO: 0.5, "kept_share": 0.25, "score": 0.625, "steps": 40}),
     }
 
 

@@ -12,16 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
 from raysys.cli import compose_config
 from raysys.config import AugmentConfig
 from raysys.errors import UserError
-from raysys.training.augment import make_view, view_rng
-
-MARGIN_PX = 4
-LABEL_PX = 16
-"""Line above a row."""
+from raysys.training.views import draw_views
 
 
 def main() -> None:
@@ -44,18 +41,22 @@ def draw(
     pictures: list[Path], augment: AugmentConfig, strengths: list[float], num_views: int, size_px: int, seed: int
 ) -> Image.Image:
     """RGB grid: len(pictures) * len(strengths) rows of 1 + num_views squares."""
-    rows = [(number, file, strength) for number, file in enumerate(pictures) for strength in strengths]
-    column_px, row_px = size_px + MARGIN_PX, size_px + MARGIN_PX + LABEL_PX
-    grid = Image.new("RGB", ((1 + num_views) * column_px + MARGIN_PX, len(rows) * row_px + MARGIN_PX), "white")
-    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(LABEL_PX - 4)
-    for row, (number, file, strength) in enumerate(rows):
-        data, y = file.read_bytes(), row * row_px
-        pen.text((MARGIN_PX, y), f"{file.name}, strength {strength:g}", fill="black", font=font)
-        for column in range(1 + num_views):
-            rng = view_rng(seed, shard=0, offset=number, view=max(column - 1, 0))
-            pixels, _ = make_view(data, [""], size_px=size_px, augment=augment, strength=strength if column else 0, rng=rng)
-            grid.paste(Image.fromarray(pixels), (MARGIN_PX + column * column_px, y + LABEL_PX))
-    return grid
+    grids = [
+        draw_views(
+            file.read_bytes(),
+            [""],
+            title=file.name,
+            augment=augment,
+            strengths=[(f"strength {strength:g}", strength) for strength in strengths],
+            num_views=num_views,
+            size_px=size_px,
+            seed=seed,
+            shard=0,
+            offset=number,
+        )
+        for number, file in enumerate(pictures)
+    ]
+    return Image.fromarray(np.concatenate(grids))
 
 
 if __name__ == "__main__":

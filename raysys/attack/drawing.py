@@ -103,8 +103,13 @@ def _read_font(name: str) -> Font:
     try:
         ImageFont.truetype(io.BytesIO(data), 10)
     except OSError as error:
-        raise UserError(f"attack.fonts: {mask(name)} is not a TrueType font ({error})") from error
+        raise UserError(f"attack.fonts: {mask(name)} is not a TrueType font ({error}); give a .ttf file") from error
     return Font(os.path.basename(file), hashlib.sha256(data).hexdigest(), data)
+
+
+def default_font_file() -> Path:
+    """DejaVu Sans. :raises UserError: where matplotlib is not installed."""
+    return _wheel_fonts() / f"{DEFAULT_FONT}.ttf"
 
 
 def _wheel_fonts() -> Path:

@@ -20,11 +20,11 @@ from raysys.attack.layouts import PARTS_FOLDER, Job, Row, from_parquet, target_n
 from raysys.attack.written import CONFUSIONS, NEAREST, RANDOM, choose_written, nearest_classes
 from raysys.cluster import check_storage, make_room, num_cpus, ray_session, refuse_other_storage, watched
 from raysys.config import AttackConfig, AttackSettings
+from raysys.console import Progress, say, tell_result
 from raysys.errors import UserError
 from raysys.evaluation.class_sets import ATTACK_FILE, ClassSet, read_class_set
 from raysys.masking import mask
 from raysys.output import Output, fingerprint, open_output, require_finished, settings_of
-from raysys.progress import Progress
 from raysys.room import Need
 from raysys.storage import exists, list_names, read_bytes, read_json, remove_folder, write_bytes, write_json
 
@@ -49,7 +49,7 @@ def attack(cfg: AttackConfig) -> str:
     if output.finished:
         if require_finished(output.path, "attack")["source"] != clean.fingerprint:
             raise UserError(f"output={mask(output.path)}: its source has changed since; give a new folder")
-        print(f"nothing left to do: {len(clean.pictures):,} attacked pictures are there")
+        say(f"attack: nothing is left to do, all {len(clean.pictures):,} attacked pictures are there")
     else:
         nearest = _nearest(cfg.attack, clean, written, parts)
         classes = [nearest[label] if w is None else w for label, w in zip(clean.labels, written, strict=True)]
@@ -64,8 +64,7 @@ def attack(cfg: AttackConfig) -> str:
         write_bytes(output.join(ATTACK_FILE), to_parquet(rows))
         _finish(output, cfg.attack, clean, rows, fonts, num_nearest=len(nearest))
     remove_folder(parts)
-    print(f"result: {mask(output.path)}")
-    print(f"next:   {_next(cfg, output)}")
+    tell_result(mask(output.path), next_words=_next(cfg, output))
     return output.path
 
 
@@ -104,19 +103,18 @@ def _draw(
     # A task needs a CPU: where all may draw, more of them wait at the ready, and no process waits for this one.
     in_flight = 2 * at_once if at_once >= num_cpus() else at_once
     already = sum(len(units[number]) for number in parts)
-    progress = Progress("attack", sum(map(len, units)), "pictures", already=already)
     shared = ray.put(list(fonts))
     running: dict[Any, int] = {}
-    while True:
-        while len(running) < in_flight and (number := next(todo, None)) is not None:
-            running[_draw_unit.remote(units[number], layout, output.path, settings, shared, files[number])] = number
-        if not running:
-            break
-        for ref in ray.wait(list(running))[0]:
-            number = running.pop(ref)
-            parts[number] = ray.get(ref)
-            progress.advance(len(units[number]))
-    progress.close()
+    with Progress("attack", sum(map(len, units)), "pictures", already=already) as progress:
+        while True:
+            while len(running) < in_flight and (number := next(todo, None)) is not None:
+                running[_draw_unit.remote(units[number], layout, output.path, settings, shared, files[number])] = number
+            if not running:
+                break
+            for ref in ray.wait(list(running))[0]:
+                number = running.pop(ref)
+                parts[number] = ray.get(ref)
+                progress.advance(len(units[number]))
     return [row for number in range(len(units)) for row in from_parquet(parts[number])]
 
 
@@ -160,12 +158,12 @@ def _finish(
         fonts=[{"name": font.name, "sha256": font.sha256, "pictures": drawn_with[font.sha256]} for font in fonts],
         notes=clean.notes,
     )
-    print(f"{len(rows):,} attacked pictures of {num_classes:,} classes; written class: {source}")
-    print(f"{counts['self_attacks']:,} of them carry their own class's name")
-    print(f"text cut off at the edge on {counts['cut_off']:,}, nothing of it to be seen on {counts['invisible']:,}")
-    print(f"fonts: {', '.join(f'{font.name} ({drawn_with[font.sha256]:,})' for font in fonts)}")
+    say(f"attack: {len(rows):,} attacked pictures of {num_classes:,} classes; written class: {source}")
+    say(f"attack: {counts['self_attacks']:,} of them carry their own class's name")
+    say(f"attack: text cut off at the edge on {counts['cut_off']:,}, nothing of it to be seen on {counts['invisible']:,}")
+    say(f"attack: fonts: {', '.join(f'{font.name} ({drawn_with[font.sha256]:,})' for font in fonts)}")
     for note in clean.notes:
-        print(f"note: {note}")
+        say(f"attack: {note}")
 
 
 def _next(cfg: AttackConfig, output: Output) -> str:

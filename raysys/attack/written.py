@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysys.config import AttackSettings
+from raysys.console import Progress
 from raysys.errors import UserError
 from raysys.evaluation.class_sets import ClassSet
 from raysys.masking import mask
-from raysys.progress import Progress
 from raysys.storage import read_bytes, read_json
 
 CONFUSIONS, NEAREST, RANDOM = "confusions", "nearest", "random"
@@ -37,7 +37,10 @@ def choose_written(settings: AttackSettings, class_set: ClassSet) -> list[int | 
     """
     names = class_set.class_names
     if settings.classes in (CONFUSIONS, NEAREST, RANDOM) and len(set(names)) < 2:
-        raise UserError(f"attack.classes={settings.classes} needs at least two different class names")
+        raise UserError(
+            f"attack.classes={settings.classes} needs two different class names, the set has {len(set(names))}; "
+            "give a set of more classes as imagenet.path"
+        )
     if settings.classes == RANDOM:
         rng = np.random.default_rng(settings.seed)
         return [_other(rng, label, names) for label in class_set.labels]
@@ -88,7 +91,7 @@ def _from_file(file: str, class_set: ClassSet) -> dict[int, int]:
 
 def _index_list(where: str, indexes: list[Any], num_classes: int) -> list[int]:
     if len(indexes) != num_classes:
-        raise UserError(f"{where}: {len(indexes)} written classes for {num_classes} classes")
+        raise UserError(f"{where}: {len(indexes)} written classes for {num_classes} classes; give one for each")
     if not all(type(index) is int and 0 <= index < num_classes for index in indexes):
         raise UserError(f"{where}: every written class must be a whole number from 0 to {num_classes - 1}")
     return indexes
@@ -107,7 +110,8 @@ class _Lookup:
         if word in self._by_id:
             return self._by_id[word]
         if word not in self._by_name:
-            raise UserError(f"{self._where}: '{word}' is neither the id nor the name of a class of the set")
+            first = f"'{self._class_set.class_ids[0]}' or '{self._class_set.class_names[0]}'"
+            raise UserError(f"{self._where}: '{word}' is neither the id nor the name of a class of the set; the first is {first}")
         if self._count[word] > 1:
             pairs = zip(self._class_set.class_ids, self._class_set.class_names, strict=True)
             ids = " and ".join(class_id for class_id, name in pairs if name == word)
@@ -149,13 +153,18 @@ def _read_predictions(file: str, where: str) -> pa.Table:
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file; `raysys evaluate` with evaluators=[imagenet] writes it") from error
     except pa.ArrowException as error:
-        raise UserError(f"{where}: no Parquet file ({error})") from error
+        raise UserError(
+            f"{where}: no Parquet file ({error}); give the E/predictions/imagenet_MODEL.parquet of `raysys evaluate`"
+        ) from error
     if "written_class" in table.column_names:
         raise UserError(f"{where}: answers on attacked pictures; give those on clean ones (E/predictions/imagenet_MODEL.parquet)")
     kinds = {"picture": pa.types.is_string, "true_class": pa.types.is_integer, "predicted_class": pa.types.is_integer}
     for column, fits in kinds.items():
         if column not in table.column_names or not fits(table.schema.field(column).type):
-            raise UserError(f"{where}: no predictions of a labelled set (its column {column} is missing, or of another type)")
+            raise UserError(
+                f"{where}: no predictions of a labelled set (its column {column} is missing, or of another type); "
+                "give the E/predictions/imagenet_MODEL.parquet of `raysys evaluate`"
+            )
     return table
 
 
@@ -189,19 +198,20 @@ def nearest_classes(classes: list[int], class_set: ClassSet, *, model: str, pret
     encode: Any = loaded.model.encode_text
     device = next(loaded.model.parameters()).device
     names, templates = class_set.class_names, class_set.templates
-    progress = Progress("attack: nearest texts", len(names), "classes")
     found = []
     at_once = max(PROMPTS_AT_ONCE // len(templates), 1)
-    with torch.inference_mode():
+    with torch.inference_mode(), Progress("attack: nearest texts", len(names), "classes") as progress:
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
             tokens_CTL = loaded.tokenizer(prompts(some, templates)).unflatten(0, (len(some), len(templates)))
             found.append(class_embeddings(lambda tokens: encode(tokens).float(), tokens_CTL.to(device)).cpu())
             progress.advance(len(some))
-    progress.close()
     text_CD = torch.cat(found).numpy()
     if not np.isfinite(text_CD).all():
-        raise UserError(f"attack.model={mask(model)} gives embeddings that are not finite; its weights are damaged")
+        raise UserError(
+            f"attack.model={mask(model)} gives embeddings that are not finite: its weights are damaged; "
+            "give another model, or fetch its weights again"
+        )
     return nearest_rows(text_CD, classes, names)
 
 

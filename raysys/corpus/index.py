@@ -152,7 +152,9 @@ class _ShardRows:
             with reading(keep_file) as file:
                 keep = pq.read_table(file, columns=["keep"])["keep"].to_numpy()
         if len(keep) != self._footer.num_rows or keep.sum() != num_kept:
-            raise UserError(f"{mask(keep_file or rows_file)}: changed since the run began; its rows do not fit any more")
+            raise UserError(
+                f"{mask(keep_file or rows_file)}: changed since the run began; its rows do not fit any more; begin a new run (another output)"
+            )
         self._keep = np.packbits(keep)
 
     def read(self, first: int, end: int) -> pa.Table:

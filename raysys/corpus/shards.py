@@ -124,7 +124,7 @@ def _shard_files(path: str) -> tuple[str, list[FileInfo]]:
         kind = "captions" if captions or suffix in (".csv", ".jsonl") else suffix
         if kind not in kinds:
             raise UserError(f"{mask(path)}: {file.path} is not an uncompressed .tar, a .parquet or a captions file (.csv, .jsonl); "
-                            "raysys reads pictures by their place in it")  # fmt: skip
+                            "raysys reads pictures by their place in it: decompress it, or name the shards with a glob")  # fmt: skip
         kinds[kind].append(file)
     stems = {os.path.splitext(file.path)[0] for file in kinds[".tar"]}
     if all(os.path.splitext(file.path)[0] in stems for file in kinds[".parquet"]):

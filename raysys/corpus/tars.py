@@ -99,7 +99,7 @@ def read_images(path: str, offset: np.ndarray, size: np.ndarray) -> tuple[list[m
             data = memoryview(fs.cat_file(inner, start=first, end=last))
         if len(data) < last - first:
             raise UserError(
-                f"{mask(path)}: ends at byte {first + len(data)}, a picture should be there; did it change since it was annotated?"
+                f"{mask(path)}: ends at byte {first + len(data)}, a picture should be there: it changed since it was annotated; annotate it again"
             )
         bytes_read += len(data)
         for i in run.tolist():

@@ -119,14 +119,14 @@ def read_class_set(cfg: ClassSetConfig, key: str = "imagenet", *, attacked: bool
         raise UserError(f"{where}: no {ATTACK_FILE} there; build the set with `raysys attack` (or let it finish)")
     if not attacked and ATTACK_FILE in files:
         raise UserError(
-            f"{where}: holds {ATTACK_FILE}, so words stand on its pictures; it is a set for the evaluator imagenet_attr"
+            f"{where}: holds {ATTACK_FILE}, so words stand on its pictures; it is a set for the evaluator imagenet_attr; give the clean one"
         )
     own_file = join(root, CLASSES_FILE)
     classes_file = cfg.classes or (own_file if attacked and exists(own_file) else None)
     given = _read_classes(classes_file) if classes_file is not None else None
     found = _read_layout(cfg, key, where, root, files, (given or _imagenet())[0])
     if not found.pictures:
-        raise UserError(f"{where}: no pictures there")
+        raise UserError(f"{where}: no pictures there; its tars or Parquet files hold none, give others")
     twice = next((name for name, count in Counter(p.name for p in found.pictures).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{where}: two pictures are called {twice}; rename one")
@@ -182,7 +182,7 @@ def list_set(path: str, key: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"{where}: {other} is no Parquet file; for every other layout give the folder")
         return root, {file.path: file.identity for file in found}
     if not is_folder:
-        what = "is a file; give the folder" if exists(path) else "no such folder"
+        what = "is a file; give the folder" if exists(path) else "no such folder; check the path"
         raise UserError(f"{where}: {what}")
     with named_errors(path):
         identities = _find(fs, inner.rstrip("/"), (os.path.realpath(inner),))
@@ -223,12 +223,14 @@ def _read_layout(cfg: ClassSetConfig, key: str, where: str, root: str, files: di
                         "or give the folder of the pictures")  # fmt: skip
     elif not pictures and not shards:
         tar = next((name for name in files if name.endswith(".tar")), None)
-        no_count = f"{tar} lies there, but no SPLIT/nshards.txt, the number of SPLIT's tars"
+        no_count = f"{tar} lies there, but no SPLIT/nshards.txt; write the number of SPLIT's tars into it"
         raise UserError(f"{where}: {no_count if tar else 'no pictures there; expected FOLDER/CLASS/NAME.JPEG'}")
     else:
         layout = "parquet" if shards else "pictures"
     if cfg.labels is not None and layout != "pictures":
-        raise UserError(f"{key}.labels is for a folder of pictures; the labels of {mask(cfg.path or '')} stand with its pictures")
+        raise UserError(
+            f"{key}.labels is for a folder of pictures; the labels of {mask(cfg.path or '')} stand with its pictures; leave the key out"
+        )
     if cfg.split is not None and layout == "pictures":
         raise UserError(f"{key}.split={cfg.split} is for WebDataset and Parquet; give the folder of the split as {key}.path")
     if layout == "webdataset":
@@ -332,10 +334,12 @@ def match_names(rows: Sequence[tuple[str, T]], names: Sequence[str], file: str, 
             content[i] = said
     if len(content) < len(names):
         first = next(name for i, name in enumerate(names) if i not in content)
-        raise UserError(f"{where}: {first} is not in {file} ({len(names) - len(content):,} of {len(names):,} pictures are not)")
+        raise UserError(
+            f"{where}: {first} is not in {file} ({len(names) - len(content):,} of {len(names):,} pictures are not); give every picture one line"
+        )
     if unknown:
         raise UserError(
-            f"{file}: {unknown[0]} is not among the pictures of {where} ({len(unknown):,} of {len(rows):,} lines name none)"
+            f"{file}: {unknown[0]} is not among the pictures of {where} ({len(unknown):,} of {len(rows):,} lines name none); take such lines out"
         )
     return [content[i] for i in range(len(names))]
 
@@ -348,7 +352,9 @@ def _webdataset(root: str, files: dict[str, str], split: str, where: str, key: s
     if kind == "retrieval":
         raise UserError(f"{where}: dataset_type.txt says retrieval; it is a set for the evaluator retrieval (retrieval.path)")
     if kind == "multilabel":
-        raise UserError(f"{where}: dataset_type.txt says multilabel; raysys knows sets with one class a picture only")
+        raise UserError(
+            f"{where}: dataset_type.txt says multilabel; raysys knows sets with one class a picture only; give one of those"
+        )
     if f"{split}/nshards.txt" not in files:
         splits = [name.split("/")[0] for name in files if name.count("/") == 1 and name.endswith("/nshards.txt")]
         raise UserError(f"{where}: no {split}/nshards.txt; it has the splits {', '.join(splits)}; give {key}.split={splits[0]}")
@@ -358,7 +364,9 @@ def _webdataset(root: str, files: dict[str, str], split: str, where: str, key: s
     expected = [f"{split}/{i}.tar" for i in range(int(count))]
     missing = [name for name in expected if name not in files]
     if missing:
-        raise UserError(f"{where}: {split}/nshards.txt says {count} tars, {missing[0]} is not there ({len(missing):,} are missing)")
+        raise UserError(
+            f"{where}: {split}/nshards.txt says {count} tars, {missing[0]} is not there ({len(missing):,} are missing); fetch them"
+        )
     found = _Found("webdataset")
     more = [name for name in files if name.startswith(f"{split}/") and name.endswith(".tar") and name not in expected]
     if more:
@@ -387,7 +395,7 @@ def _labelled_samples(path: str) -> Iterator[tuple[str, int, int, str]]:
                 if suffix is None or lacks:
                     raise UserError(f"{mask(path)}: sample {group.key} has no {lacks}; mend it or take it out")
                 if group.unsafe:
-                    raise UserError(f"{mask(path)}: sample {group.key}: {SAMPLE_REASONS[UNSAFE_NAME]}")
+                    raise UserError(f"{mask(path)}: sample {group.key}: {SAMPLE_REASONS[UNSAFE_NAME]}; rename it")
                 _, offset, size = group.members["cls"]
                 file.seek(offset)
                 label = file.read(size).decode("utf-8", errors="replace").strip()
@@ -407,7 +415,7 @@ def _parquet(root: str, shards: list[str], split: str | None, where: str, key: s
     if split is None and len(by_split) > 1:
         raise UserError(f"{where}: its files are of the splits {splits}; say which with {key}.split=NAME")
     if split is not None and split not in by_split:
-        raise UserError(f"{key}.split={split}: the files of {where} are of the splits {splits}")
+        raise UserError(f"{key}.split={split}: the files of {where} are of the splits {splits}; choose one")
     found = _Found("parquet")
     chosen = by_split[next(iter(by_split)) if split is None else split]
     found.notes += _missing_files(chosen)
@@ -415,7 +423,7 @@ def _parquet(root: str, shards: list[str], split: str | None, where: str, key: s
         columns, pictures, marks = parquet_pictures(root, name, LABEL_COLUMNS)
         column = next((column for column in LABEL_COLUMNS if column in columns.table.column_names), None)
         if column is None:
-            raise UserError(f"{mask(join(root, name))}: no column of labels (one of {', '.join(LABEL_COLUMNS)})")
+            raise UserError(f"{mask(join(root, name))}: no column of labels (one of {', '.join(LABEL_COLUMNS)}); name it so")
         found.classes = found.classes or _feature_classes(columns.table.schema, column, found.notes)
         labels = _column_labels(columns.table.column(column), f"{mask(join(root, name))}: column {column}")
         for picture, label, mark in zip(pictures, labels, marks, strict=True):
@@ -432,7 +440,7 @@ def parquet_pictures(root: str, name: str, columns: Collection[str]) -> tuple[Co
     try:
         found = read_columns(file, columns)
     except DamagedShard as error:
-        raise UserError(f"{mask(file)}: {error}") from error
+        raise UserError(f"{mask(file)}: {error}; mend the file, or take it out") from error
     pictures: list[Picture] = []
     for group, rows in enumerate(found.row_groups):
         pictures += [Picture(f"{name}/{len(pictures) + row}", file, row_group=group, row=row) for row in range(rows)]
@@ -531,15 +539,15 @@ def _read_classes(file: str) -> tuple[list[str], list[str]]:
     try:
         pairs = json.loads(read_text(file), object_pairs_hook=list)
     except json.JSONDecodeError as error:
-        raise UserError(f"{mask(file)}: not valid JSON ({error})") from error
+        raise UserError(f"{mask(file)}: not valid JSON ({error}); expected {{class id: class name}}") from error
     if not isinstance(pairs, list) or not pairs or not all(isinstance(p, tuple) and isinstance(p[1], str) for p in pairs):
         raise UserError(f"{mask(file)}: expected a JSON object {{class id: class name}}")
     twice = next((id_ for id_, count in Counter(id_ for id_, _ in pairs).items() if count > 1), None)
     if twice is not None:
-        raise UserError(f"{mask(file)}: class '{twice}' is there twice")
+        raise UserError(f"{mask(file)}: class '{twice}' is there twice; give every class one name")
     nameless = next((id_ for id_, name in pairs if not name.strip()), None)
     if nameless is not None:
-        raise UserError(f"{mask(file)}: class '{nameless}' has no name")
+        raise UserError(f"{mask(file)}: class '{nameless}' has no name; give it one")
     return [id_ for id_, _ in pairs], [name for _, name in pairs]
 
 
@@ -593,9 +601,9 @@ def read_text(file: str) -> str:
     try:
         return read_bytes(file).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{mask(file)}: no such file") from error
+        raise UserError(f"{mask(file)}: no such file; check the path") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{mask(file)}: not text in UTF-8 ({error})") from error
+        raise UserError(f"{mask(file)}: not text in UTF-8 ({error}); save it as UTF-8") from error
 
 
 # ---- attacked sets -----------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class Evaluator:
         for batch in batches:
             rows = batch.float().cpu().numpy()
             if not np.isfinite(rows).all():
-                why = "its training diverged, or its weights are damaged"
+                why = "its training diverged, or its weights are damaged; give an earlier checkpoint, or fetch them again"
                 raise UserError(f"model={mask(loaded.name)} gives embeddings that are not finite; {why}")
             gathered.append(rows)
             done += len(rows)

@@ -189,7 +189,9 @@ def _check_same(first: pa.Table, second: pa.Table) -> None:
     if _questions(first).equals(_questions(second)):
         return
     only = set(first["picture"].to_pylist()) ^ set(second["picture"].to_pylist())
-    why = f"only one of them has {min(only)}" if only else "their classes or captions differ"
+    one, other = (set(zip(*_questions(table).to_pydict().values(), strict=True)) for table in (first, second))
+    differing = min(one ^ other, key=str, default=("a caption that is there twice",))[0]
+    why = f"only one of them has {min(only)}" if only else f"their classes or captions differ, first at {differing}"
     raise UserError(f"two models can be compared on the same pictures only: {why}; evaluate both on one set")
 
 

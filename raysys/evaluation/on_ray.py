@@ -1,12 +1,12 @@
 """``raysys evaluate`` on Ray: a pool of actors that keep their sets between models, each with its share of every set.
 
-In: :class:`EvaluateConfig`; weights of a training. Out: E/{results, predictions, comparison.json, manifest.json}. What is asked stands in
+In: :class:`EvaluateConfig`; weights of a training. Out: E/{results, predictions, tensorboard, comparison.json, manifest.json}. What is asked stands in
 :mod:`raysys.evaluation.evaluator`, what is written in :mod:`raysys.evaluation.results`.
 """
 
 from __future__ import annotations
 
-import sys
+import shlex
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,13 +21,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysys.cluster import TELL_EVERY_S, check_storage, live_nodes, make_room, ray_session, settled_nodes, what_is_free
 from raysys.config import EVALUATORS, EvaluateConfig, ModelConfig, QuestionsConfig, ServiceConfig
+from raysys.console import Progress, duration, say, tell_result, warn
 from raysys.errors import UserError, WorkFailed
-from raysys.evaluation.evaluator import Embeddings, Evaluator, SetConfig, SetResult, read_set
+from raysys.evaluation.class_sets import read_class_set
+from raysys.evaluation.evaluator import ATTACKED, Embeddings, Evaluator, SetConfig, SetResult, read_set
+from raysys.evaluation.on_board import write_board
 from raysys.evaluation.results import lines, read_results, result_file, write_comparison, write_result
 from raysys.masking import mask
 from raysys.models import LoadedModel, check_model, load_model, model_name, portable
 from raysys.output import Output, open_output, settings_of
-from raysys.progress import Progress, duration
 from raysys.room import Need, num_that_fit
 from raysys.storage import absolute, exists, list_names, read_json
 
@@ -253,7 +255,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     todo = {name: [s for s in sets if not exists(result_file(output, s, name))] for name in models}
     _refuse_changed(output, models, todo, fingerprints)
     if output.finished:
-        print("nothing left to do: this evaluation is finished")
+        say("evaluate: nothing is left to do, this evaluation is finished")
     else:
         num_decoded: dict[str, int] = {}
         try:
@@ -271,9 +273,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
                             num_decoded = pool.num_decoded()
                         except _NodeLost as gone:
                             lost = True
-                            print(
-                                f"evaluate: node {gone} is gone; what is not answered is asked again", file=sys.stderr, flush=True
-                            )
+                            warn(f"evaluate: node {gone} is gone; what is not answered is asked again")
                         pool.close()
         except UserError:
             if not list_names(output.join("results")):
@@ -282,10 +282,12 @@ def evaluate(cfg: EvaluateConfig) -> str:
     results = read_results(output, list(sets), list(models))
     comparison = write_comparison(output, results) if len(models) > 1 else []
     if not output.finished:
+        attacked = read_class_set(cfg.imagenet_attr, ATTACKED, attacked=True) if ATTACKED in sets else None
+        for number, name in enumerate(models):
+            write_board(output, name, models[name], [of_models[number] for of_models in results.values()], attacked)
         output.finish({s: of_models[0]["metrics"]["num_pictures"] for s, of_models in results.items()}, decoded=num_decoded)
-    print("\n".join(lines(results, comparison)))
-    print(f"result: {mask(output.path)}")
-    print(f"next: raysys report {mask(output.path)}")
+    say("\n".join(lines(results, comparison)))
+    tell_result(mask(output.path), next_words=f"raysys report {shlex.quote(mask(output.path))}")
     return output.path
 
 
@@ -362,7 +364,7 @@ def _ask(
 
 def _show(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str]) -> None:
     """A line of progress for each unit, until the answer is there. :raises _NodeLost: where it may never come."""
-    shown: dict[str, Progress] = {}
+    shown: dict[str, Progress] = {}  # the newest is on the screen
     there, look, heard = False, time.monotonic(), time.monotonic()
     while not there:
         there = bool(ray.wait([asked.result], timeout=0.5)[0])
@@ -374,9 +376,7 @@ def _show(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str]) -
             if time.monotonic() - heard > TELL_EVERY_S:
                 heard = time.monotonic()
                 everything = Need("", [{"CPU": 1, "GPU": 1}])
-                print(
-                    f"{label}: nothing heard for {duration(TELL_EVERY_S)}; {what_is_free(everything)}", file=sys.stderr, flush=True
-                )
+                warn(f"{label}: nothing heard for {duration(TELL_EVERY_S)}; {what_is_free(everything)}")
         for unit, (done, total) in pool.done(asked).items():
             if unit not in shown:
                 for before in shown.values():

@@ -102,7 +102,7 @@ def read_retrieval_set(cfg: RetrievalSetConfig, key: str = "retrieval") -> Retri
 
 def _checked(name: str, rows: list[_Row], notes: list[str], where: str) -> RetrievalSet:
     if not rows:
-        raise UserError(f"{where}: no pictures there")
+        raise UserError(f"{where}: no pictures there; give a folder, tars or Parquet files of pictures with captions")
     twice = next((name for name, count in Counter(row.picture.name for row in rows).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{where}: picture {twice} is there twice; give it once, with all its captions")
@@ -112,10 +112,10 @@ def _checked(name: str, rows: list[_Row], notes: list[str], where: str) -> Retri
     for index, row in enumerate(rows):
         said = [caption for caption in row.captions if caption.strip()]
         if not said:
-            raise UserError(f"{where}: {row.picture.name} has no caption")
+            raise UserError(f"{where}: {row.picture.name} has no caption; give it one, or take it out")
         bad = next((caption for caption in said if re.search("[\ud800-\udfff]", caption)), None)
         if bad is not None:
-            raise UserError(f"{where}: a caption of {row.picture.name} is not valid UTF-8 ({bad!a})")
+            raise UserError(f"{where}: a caption of {row.picture.name} is not valid UTF-8 ({bad!a}); save it as UTF-8")
         captions += said
         image_of_text += [index] * len(said)
         num_empty += len(row.captions) - len(said)
@@ -139,18 +139,20 @@ _Said = tuple[str, str, list[str]]
 def _json_set(path: str, file: str, split: str | None, key: str) -> tuple[str, list[_Row]]:
     """Name and rows of COCO's or Karpathy's captions; their pictures lie in ``path`` or a folder of theirs in it."""
     if not exists(path):
-        raise UserError(f"{key}.path={mask(path)}: no such folder")
+        raise UserError(f"{key}.path={mask(path)}: no such folder; check the path")
     content = read_json(file)
     kinds = {"annotations": "COCO's", "dataset": "Karpathy's"}
     kind = next((kinds[name] for name in kinds if isinstance(content, dict) and name in content), None)
     if kind is None:
-        raise UserError(f"{mask(file)}: neither COCO's captions (images, annotations) nor Karpathy's (dataset, images)")
+        raise UserError(
+            f"{mask(file)}: neither COCO's captions (images, annotations) nor Karpathy's (dataset, images); give one of these"
+        )
     if kind == "COCO's" and split is not None:
         raise UserError(f"{key}.split={split}: {mask(file)} has no splits; leave the key out")
     try:
         name, said = _coco(content, file) if kind == "COCO's" else _karpathy(content, split or DEFAULT_SPLIT, file)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{mask(file)}: not {kind} format of captions ({error!r})") from error
+        raise UserError(f"{mask(file)}: not {kind} format of captions ({error!r}); give the file as it was published") from error
     files = {}
     for subfolder in {subfolder for subfolder, _, _ in said}:
         deeper = bool(subfolder) and exists(join(path, subfolder))
@@ -158,7 +160,8 @@ def _json_set(path: str, file: str, split: str | None, key: str) -> tuple[str, l
     missing = [name for subfolder, name, _ in said if name not in files[subfolder]]
     if missing:
         raise UserError(
-            f"{key}.path={mask(path)}: {missing[0]} of {mask(file)} is not there ({len(missing):,} of {len(said):,} pictures are missing)"
+            f"{key}.path={mask(path)}: {missing[0]} of {mask(file)} is not there ({len(missing):,} of {len(said):,} pictures are missing); "
+            "fetch them, or give the folder that has them"
         )
     return name, [
         _Row(Picture(name, files[subfolder][name][0]), captions, files[subfolder][name][1]) for subfolder, name, captions in said
@@ -171,11 +174,11 @@ def _coco(content: dict[str, Any], file: str) -> tuple[str, list[_Said]]:
     subfolder = stem.removeprefix("captions_")
     captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
     if len(captions) < len(content["images"]):
-        raise UserError(f"{mask(file)}: two of its images have one id")
+        raise UserError(f"{mask(file)}: two of its images have one id; give each its own")
     unknown = [row["image_id"] for row in content["annotations"] if row["image_id"] not in captions]
     if unknown:
         raise UserError(
-            f"{mask(file)}: {len(unknown):,} captions are of pictures that are not among its images (first {unknown[0]})"
+            f"{mask(file)}: {len(unknown):,} captions are of pictures that are not among its images (first {unknown[0]}); take them out"
         )
     for row in content["annotations"]:
         captions[row["image_id"]].append(_text(row["caption"]))
@@ -188,7 +191,7 @@ def _karpathy(content: dict[str, Any], split: str, file: str) -> tuple[str, list
     images = [image for image in content["images"] if image["split"] == split]
     if not images:
         splits = sorted({_text(image["split"]) for image in content["images"]})
-        raise UserError(f"{mask(file)}: no pictures of split {split}; it has {', '.join(splits) or 'none'}")
+        raise UserError(f"{mask(file)}: no pictures of split {split}; it has {', '.join(splits) or 'none'}; choose one of these")
     said = [
         (_text(image.get("filepath", "")), _text(image["filename"]), [_text(sentence["raw"]) for sentence in image["sentences"]])
         for image in images
@@ -224,12 +227,14 @@ def _clip_benchmark_tars(path: str, split: str, where: str) -> tuple[list[Shard]
     root, files = find_files(join(path, split), (".tar", "nshards.txt"))
     found = {file.path: Shard(file.path, join(root, file.path), file.size, file.identity) for file in files}
     if found.pop("nshards.txt", None) is None:
-        raise UserError(f"{where}: {split}/nshards.txt is not there; it holds the number of {split}'s tars")
+        raise UserError(f"{where}: {split}/nshards.txt is not there; write the number of {split}'s tars into it")
     count = read_bytes(join(root, "nshards.txt")).decode(errors="replace").strip()
     expected = [f"{i}.tar" for i in range(int(count))] if count.isdecimal() else []
     if not expected or not set(expected) <= found.keys():
         has = ", ".join(sorted(found)) or "no tar"
-        raise UserError(f"{where}: {split}/nshards.txt says {count}, tars 0.tar and so on, but {split} holds {has}")
+        raise UserError(
+            f"{where}: {split}/nshards.txt says {count}, tars 0.tar and so on, but {split} holds {has}; fetch what is missing"
+        )
     more = sorted(found.keys() - set(expected))
     notes = [f"{split}/nshards.txt says {count} tars, so {more[0]} is not read ({len(more):,} are not)"] if more else []
     return [found[name] for name in expected], notes
@@ -243,9 +248,9 @@ def _tar_set(shards: list[Shard], *, txt_only: bool = False) -> Iterator[_Row]:
                 for group in tars.sample_groups(file, end=None, read=False):
                     name = group.key if len(shards) == 1 else f"{unquote(shard.name)}/{group.key}"
                     if group.unsafe:
-                        raise UserError(f"{mask(shard.path)}: sample {name}: {SAMPLE_REASONS[UNSAFE_NAME]}")
+                        raise UserError(f"{mask(shard.path)}: sample {name}: {SAMPLE_REASONS[UNSAFE_NAME]}; rename it")
                     if group.image_suffix is None:
-                        raise UserError(f"{mask(shard.path)}: sample {name} has no picture")
+                        raise UserError(f"{mask(shard.path)}: sample {name} has no picture; mend it or take it out")
                     _, offset, size = group.members[group.image_suffix]
                     yield _Row(Picture(name, shard.path, offset, size), _tar_captions(group, file, txt_only), shard.identity)
         except DamagedShard as error:
@@ -290,17 +295,18 @@ def _folder(shard: Shard) -> Iterator[_Row]:
             rows = folder.csv_rows(file) if shard.path.endswith(".csv") else folder.json_rows(file)
             for number, (name, said, _) in enumerate(rows, 1):
                 if name is None:
-                    raise UserError(f"{mask(shard.path)}: its record {number} cannot be read")
+                    raise UserError(f"{mask(shard.path)}: its record {number} cannot be read; mend it or take it out")
                 if is_unsafe(name) or "://" in name:
-                    raise UserError(f"{mask(shard.path)}: {name}: {SAMPLE_REASONS[UNSAFE_NAME]}")
+                    raise UserError(f"{mask(shard.path)}: {name}: {SAMPLE_REASONS[UNSAFE_NAME]}; rename it")
                 captions.setdefault(os.path.normpath(name), []).extend(said)
     except DamagedShard as error:
-        raise UserError(f"{mask(shard.path)}: {error}") from error
+        raise UserError(f"{mask(shard.path)}: {error}; mend the file") from error
     files = _files_below(root)
     missing = [name for name in captions if name not in files]
     if missing:
         raise UserError(
-            f"{mask(shard.path)}: {missing[0]} is not there ({len(missing):,} of {len(captions):,} pictures are missing)"
+            f"{mask(shard.path)}: {missing[0]} is not there ({len(missing):,} of {len(captions):,} pictures are missing); "
+            "fetch them, or take their lines out"
         )
     for name, said in captions.items():
         path, identity = files[name]
@@ -337,7 +343,9 @@ def _parquet(shard: Shard, several: bool) -> Iterator[tuple[str | None, _Row]]:
             table = parquet.open_file(file)
             columns = parquet.columns_of(table.schema_arrow)
             if "caption" not in columns:
-                raise UserError(f"{mask(shard.path)}: no column of captions (text, named {', '.join(parquet.CAPTION_COLUMNS)})")
+                raise UserError(
+                    f"{mask(shard.path)}: no column of captions (text, named {', '.join(parquet.CAPTION_COLUMNS)}); name it so"
+                )
             image, caption = columns["image"], columns["caption"]
             texts = [columns[role] for role in ("caption", "key") if role in columns] + [f"{image}.path", "split"]
             index = 0
@@ -353,4 +361,4 @@ def _parquet(shard: Shard, several: bool) -> Iterator[tuple[str | None, _Row]]:
                     index += 1
     except (DamagedShard, pa.ArrowException, OSError) as error:
         parquet.refuse_storage_error(error)
-        raise UserError(f"{mask(shard.path)}: a damaged Parquet file ({error})") from error
+        raise UserError(f"{mask(shard.path)}: a damaged Parquet file ({error}); fetch it again") from error

@@ -79,14 +79,16 @@ def read_typographic_set(cfg: TypographicSetConfig, key: str = "typographic") ->
     shards = [name for name in files if name.endswith(".parquet") and os.path.basename(name) not in METADATA_FILES]
     names = [name for name in files if is_picture(name)]
     if not names and not shards:
-        raise UserError(f"{where}: no pictures there, nor Parquet files with pictures")
+        raise UserError(f"{where}: no pictures there, nor Parquet files with pictures; give the folder that holds them")
     if names and shards:
         raise UserError(f"{where}: holds pictures ({names[0]}) and Parquet files ({shards[0]}); name the Parquet files with a glob, or give "
                         "the folder of the pictures")  # fmt: skip
     layout = "parquet" if shards else "folders" if all("/" in name for name in names) else "flat"
     if shards:
         if cfg.labels is not None:
-            raise UserError(f"{key}.labels is for a folder of pictures; the labels of Parquet files are columns of theirs")
+            raise UserError(
+                f"{key}.labels is for a folder of pictures; the labels of Parquet files are columns of theirs; leave the key out"
+            )
         pictures, said, marks = _parquet(root, shards)
     else:
         pictures = [Picture(printable(name), join(root, name)) for name in names]
@@ -97,7 +99,10 @@ def read_typographic_set(cfg: TypographicSetConfig, key: str = "typographic") ->
     pictures, said = [picture for picture, _, _ in rows], [one for _, one, _ in rows]
     empty = [picture.name for picture, one in zip(pictures, said, strict=True) if not one.true or not one.written]
     if empty:
-        raise UserError(f"{where}: {empty[0]} has an empty true or written label ({len(empty):,} of {len(said):,} pictures have)")
+        raise UserError(
+            f"{where}: {empty[0]} has an empty true or written label ({len(empty):,} of {len(said):,} pictures have); "
+            "fill it in, or take the picture out"
+        )
 
     class_names = _classes(cfg.classes, said)
     index = {name.casefold(): i for i, name in enumerate(class_names)}
@@ -125,7 +130,7 @@ def _of_type(
     chosen = [row for row in rows if row[1].type == type_]
     if not chosen:
         has = f"its column {TYPE_COLUMN} says {known}" if any(types) else f"there is no column {TYPE_COLUMN}"
-        raise UserError(f"{key}.type={type_}: no picture of {where} is of this type; {has}")
+        raise UserError(f"{key}.type={type_}: no picture of {where} is of this type; {has}; choose another, or leave the key out")
     return chosen, [f"{len(chosen):,} of {len(rows):,} pictures: type {type_}"] if len(chosen) < len(rows) else []
 
 
@@ -138,7 +143,7 @@ def _classes(file: str | None, said: list[_Said]) -> list[str]:
         raise UserError(f"{mask(file)}: is empty; expected one possible answer a line")
     twice = next((name for name, count in Counter(name.casefold() for name in names).items() if count > 1), None)
     if twice is not None:
-        raise UserError(f"{mask(file)}: '{twice}' is there twice")
+        raise UserError(f"{mask(file)}: '{twice}' is there twice; give it once")
     return names
 
 
@@ -193,7 +198,7 @@ def _said(cells: dict[str, list[str]], file: str) -> list[_Said]:
 def _column(names: Collection[str], cells: Collection[str], file: str) -> str:
     found = next((name for name in names if name in cells), None)
     if found is None:
-        raise UserError(f"{mask(file)}: no column of the names {', '.join(names)}; it has {', '.join(cells) or 'none'}")
+        raise UserError(f"{mask(file)}: no column of the names {', '.join(names)}; it has {', '.join(cells) or 'none'}; rename one")
     return found
 
 
@@ -203,9 +208,9 @@ def _read_table(file: str) -> dict[str, list[str]]:
         try:
             return _cells(pq.read_table(io.BytesIO(read_bytes(file))), file)
         except FileNotFoundError as error:
-            raise UserError(f"{mask(file)}: no such file") from error
+            raise UserError(f"{mask(file)}: no such file; check the path") from error
         except pa.ArrowException as error:
-            raise UserError(f"{mask(file)}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{mask(file)}: cannot be read as Parquet ({str(error).splitlines()[0]}); fetch it again") from error
     text = read_text(file)
     if file.endswith((".jsonl", ".json")):
         rows = list(_json_rows(text, file))
@@ -217,10 +222,13 @@ def _read_table(file: str) -> dict[str, list[str]]:
         rows = []
         for row in reader:
             if row and len(row) != len(fields):
-                raise UserError(f"{mask(file)}: line {reader.line_num} has {len(row)} cells, the first line {len(fields)}")
+                raise UserError(
+                    f"{mask(file)}: line {reader.line_num} has {len(row)} cells, the first line {len(fields)}; "
+                    f"a cell with {delimiter!r} in it stands in double quotes"
+                )
             rows += [dict(zip(fields, row, strict=True))] if row else []
     if not rows:
-        raise UserError(f"{mask(file)}: no lines with labels")
+        raise UserError(f"{mask(file)}: no lines with labels; give a line of column names, then one a picture")
     return {name: [_text(row.get(name)) for row in rows] for name in rows[0]}
 
 

@@ -25,6 +25,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from raysys.console import Progress
 from raysys.corpus.prefetch import prefetch
 from raysys.corpus.samples import DamagedShard, Sample
 from raysys.corpus.shards import iter_samples, shard_path
@@ -33,7 +34,6 @@ from raysys.errors import UserError
 from raysys.masking import mask
 from raysys.output import Output, open_output
 from raysys.patience import is_final
-from raysys.progress import Progress
 from raysys.regions.annotations import Annotations, read_head, refuse_changed_shard
 from raysys.storage import find_files, open_fs, remove_folder, write_json, writing
 
@@ -65,7 +65,6 @@ def write_shards(
     output = open_output(folder, "shards", made_of)
     targets = _targets(annotations.names)
     done = _tars_in(output.path)
-    progress = Progress("filter", len(targets), "shards copied")
 
     def copy(name: str) -> int:
         keep = keep_of(name)
@@ -75,16 +74,15 @@ def write_shards(
 
     sizes: dict[str, int] = {}
     try:
-        for name, samples in zip(targets, prefetch(targets, copy, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE), strict=True):
-            if samples:
-                sizes[targets[name]] = samples
-            progress.advance(items=samples)
+        with Progress("filter", len(targets), "shards copied") as progress:
+            for name, samples in zip(targets, prefetch(targets, copy, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE), strict=True):
+                if samples:
+                    sizes[targets[name]] = samples
+                progress.advance(items=samples)
     except OSError as error:
         if is_final(error):
             raise
         raise UserError(f"shards={mask(folder)}: {error}; mend it and run the same words again, what is done stays done") from error
-    finally:
-        progress.close()
     _write_sizes(output, sizes)
     remove_folder(output.join("_tmp"))
     written = Written(len(sizes), sum(sizes.values()))

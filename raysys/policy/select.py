@@ -4,10 +4,12 @@
     S/selection/NAME.parquet   shard, index, key, keep, reason: a row for every row of A/shards/NAME.parquet; no other Parquet is in S
     S/shards.arrow             a line a shard: rows, kept ones, and which file it was
     S/subset.npy               the kept samples as a subset file of DataComp, where they have uids
+    S/tensorboard              of `raysys filter`: shares, and pictures of what is kept and dropped; the verdicts that train makes have none
     S/manifest.json            counts, and the sha256 of A/manifest.json; written last
 
 In: a finished annotations folder. Out: S, and filtered shards where asked for (:mod:`raysys.policy.export`). The corpus is listed, to see
-that it is the one that was annotated; no shard and no picture is opened. No Ray: a million rows take a second.
+that it is the one that was annotated; no shard and no picture is opened, but for the few dozen that TensorBoard shows. No Ray: a million
+rows take a second.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysys.config import CorpusConfig, FilterConfig, PolicyConfig
+from raysys.console import Progress, say, tell_result, warn
 from raysys.corpus.index import SHARDS_FILE, SHARDS_SCHEMA, write_shards_table
 from raysys.corpus.prefetch import prefetch
 from raysys.corpus.shards import open_corpus, refuse_output_in_corpus, shard_path
@@ -33,11 +36,23 @@ from raysys.errors import UserError
 from raysys.masking import mask, resolved
 from raysys.output import Output, open_output, require_finished
 from raysys.policy.export import write_shards
+from raysys.policy.on_board import write_board
 from raysys.policy.policy import COLUMNS, judge
 from raysys.policy.subset import UID, SortedUids
-from raysys.progress import Progress
 from raysys.regions.annotations import Annotations, head_of, open_annotations, read_heads, read_parquet
-from raysys.storage import absolute, exists, find_files, is_local, join, read_bytes, read_json, remove_folder, shard_name, writing
+from raysys.storage import (
+    absolute,
+    exists,
+    find_files,
+    is_local,
+    join,
+    list_names,
+    read_bytes,
+    read_json,
+    remove_folder,
+    shard_name,
+    writing,
+)
 
 SHARDS_AT_ONCE = 4
 """Shards that are read, judged and written beside each other; so many are in memory."""
@@ -113,19 +128,23 @@ def filter_annotations(cfg: FilterConfig) -> None:
     refuse_what_was_not_stored(cfg.policy, annotations)
     roots = find_corpus(annotations, cfg.corpus, needed=cfg.shards is not None)
     output = make_selection(annotations, cfg.policy, cfg.output)
+    if not list_names(output.join("tensorboard")):
+        write_board(output.path, annotations, roots, cfg.policy, read_json(output.join("manifest.json"))["counts"])
     if cfg.shards is not None:
         made_of = {
             "selection": output.fingerprint,
             "annotations_sha256": read_json(output.join("manifest.json"))["annotations_sha256"],
         }
         written = write_shards(cfg.shards, annotations, Selection(output.path, annotations).keep_by_index, roots, made_of)
-        print(f"filter: {written.samples} samples in {written.shards} shards in {mask(absolute(cfg.shards))}")
-    print(f"result: {mask(output.path)}")
+        say(f"filter: {written.samples} samples in {written.shards} shards in {mask(absolute(cfg.shards))}")
     if cfg.shards is not None:
         words = f"corpus.path={shlex.quote(mask(absolute(cfg.shards)))}"
     else:
         words = f"{_corpus_words(corpus)} selection={shlex.quote(mask(output.path))}"
-    print(f"next:   raysys train {words} model=MODEL train.steps=N output=RUN")
+    next_words = f"raysys train {words} model=MODEL train.steps=N output=RUN"
+    if cfg.shards is None and not all(name.endswith(".tar") for name in annotations.names):
+        next_words = "the same words with shards=FOLDER: training reads tars, this writes the kept samples as such"
+    tell_result(mask(output.path), next_words=next_words)
 
 
 def make_selection(annotations: Annotations, policy: PolicyConfig, path: str) -> Output:
@@ -140,10 +159,10 @@ def make_selection(annotations: Annotations, policy: PolicyConfig, path: str) ->
     if not output.finished:
         _write_selection(annotations, sha256, policy, output)
     elif read_json(output.join("manifest.json")).get("annotations_sha256") != sha256 or not exists(output.join(SHARDS_FILE)):
-        print("filter: the annotations changed since this selection was made; it is made anew")
+        say("filter: the annotations changed since this selection was made; it is made anew")
         _write_selection(annotations, sha256, policy, output)
     else:
-        print("filter: nothing is left to do, the selection is finished")
+        say("filter: nothing is left to do, the selection is finished")
     _print_counts(policy, output)
     return output
 
@@ -191,16 +210,16 @@ def _list_where_annotated(annotations: Annotations, *, needed: bool) -> tuple[li
             _, files = find_files(root, tuple({os.path.splitext(unquote(name))[1] for name in of_source}))
         except (UserError, OSError) as error:
             if needed:
-                raise UserError(f"shards= copies from the corpus: {error}; say where it lies now with corpus.path=") from error
-            print(f"filter: could not check that the corpus is as it was annotated: {error}")
+                raise UserError(f"shards= copies from the corpus; say with corpus.path= where it lies now ({error})") from error
+            warn(f"filter: could not check that the corpus is as it was annotated: {error}")
             continue
         names += of_source
-        listed |= {prefix + shard_name(file.path): file.identity for file in files}
+        listed |= {shard_name(join(source, file.path) if source else file.path): file.identity for file in files}
     return names, listed
 
 
 def _write_selection(annotations: Annotations, sha256: str, policy: PolicyConfig, output: Output) -> None:
-    for stale in ("selection", "subset.npy", SHARDS_FILE):
+    for stale in ("selection", "subset.npy", SHARDS_FILE, "tensorboard"):
         remove_folder(output.join(stale))
 
     tmp_folder = output.join("_tmp")
@@ -213,14 +232,13 @@ def _write_selection(annotations: Annotations, sha256: str, policy: PolicyConfig
 
     lines: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
-    progress = Progress("filter", len(annotations.names), "shards")
     with SortedUids(tmp_folder if is_local(output.path) else None) as uids:
-        for judged in prefetch(annotations.names, write, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE):
-            lines.append(judged.line)
-            reasons.update(judged.reasons)
-            uids.add(judged.uids)
-            progress.advance(items=judged.line["rows"])
-        progress.close()
+        with Progress("filter", len(annotations.names), "shards") as progress:
+            for judged in prefetch(annotations.names, write, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE):
+                lines.append(judged.line)
+                reasons.update(judged.reasons)
+                uids.add(judged.uids)
+                progress.advance(items=judged.line["rows"])
         if len(uids):
             uids.write(output.join("subset.npy"), tmp_folder=tmp_folder)
         kept_with_uid = len(uids)
@@ -236,13 +254,13 @@ def _print_counts(policy: PolicyConfig, output: Output) -> None:
     manifest = read_json(output.join("manifest.json"))
     counts = manifest["counts"]
     share = counts["kept"] / max(counts["samples"], 1)
-    print(f"filter: policy {policy.name} keeps {counts['kept']} of {counts['samples']} samples ({share:.1%})")
+    say(f"filter: policy {policy.name} keeps {counts['kept']} of {counts['samples']} samples ({share:.1%})")
     for reason, number in sorted(counts["reasons"].items(), key=lambda item: (-item[1], item[0])):
-        print(f"filter: {number} dropped: {reason}")
+        say(f"filter: {number} dropped: {reason}")
     if manifest["kept_with_uid"]:
         without = counts["kept"] - manifest["kept_with_uid"]
         note = f" ({without} kept samples have no uid and are not in it)" if without else ""
-        print(f"filter: DataComp subset: {mask(output.join('subset.npy'))}{note}")
+        say(f"filter: DataComp subset: {mask(output.join('subset.npy'))}{note}")
 
 
 def _corpus_words(corpus: CorpusConfig) -> str:

@@ -338,7 +338,7 @@ def refuse_changed_shard(path: str, made_of: str, now: str | None = None) -> Non
     try:
         now = now or identity(path)
     except FileNotFoundError as error:
-        raise UserError(f"{mask(path)}: no such shard") from error
+        raise UserError(f"{mask(path)}: no such shard; bring it back, or annotate again") from error
     if made_of != now:
         raise UserError(f"{mask(path)}: changed since it was annotated (size:time {made_of} then, {now} now); annotate it again")
 
@@ -350,6 +350,6 @@ def annotated_shards(corpus: Corpus, annotations: Annotations) -> dict[str, Shar
     if missing:
         raise UserError(
             f"{len(missing)} annotated shards are not in the corpus, {missing[0]} first (annotated at "
-            f"{mask(shard_path(annotations.roots, missing[0]))})"
+            f"{mask(shard_path(annotations.roots, missing[0]))}); bring them back"
         )
     return {name: by_name[name] for name in annotations.names}

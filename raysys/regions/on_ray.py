@@ -19,16 +19,17 @@ from ray.data import ActorPoolStrategy
 
 from raysys.cluster import check_storage, make_room, on_this_node, ray_session, refuse_other_storage, settled_nodes, watched
 from raysys.config import POOL_KEYS, AnnotateConfig, OcrConfig, RayConfig
+from raysys.console import Progress, say, tell_result
 from raysys.corpus.samples import Plan
 from raysys.corpus.shards import Corpus, Shard, absolute_corpus, first_shards, open_corpus, plan_parts, refuse_output_in_corpus
 from raysys.errors import UserError, WorkFailed
 from raysys.masking import as_written, mask
 from raysys.output import Output, fingerprint, open_output, settings_of
-from raysys.patience import explained, is_final
-from raysys.progress import Progress
+from raysys.patience import explained, is_final, refused
 from raysys.regions.annotations import AnnotationFiles, Counts, Head, read_heads
 from raysys.regions.annotator import Annotator
 from raysys.regions.models import find_models
+from raysys.regions.on_board import write_board
 from raysys.regions.units import Unit, UnitResult, annotate_unit, large_shards, plan_units, unit_bytes
 from raysys.room import Need, num_that_fit
 from raysys.storage import find_files, join, list_names, read_json, remove_file, remove_folder, write_json
@@ -116,7 +117,7 @@ def _row_of(error: OSError) -> dict[str, Any]:
     if is_final(error):
         return _row(ended=str(explained(error)))
     if isinstance(error, PermissionError):
-        return _row(refused=f"{error.filename or ''}: {error.strerror}")
+        return _row(refused=str(refused(error)))
     raise error
 
 
@@ -142,10 +143,12 @@ def annotate(cfg: AnnotateConfig) -> None:
             check_storage(output.path, first_shards(corpus.roots, (shard.name for shard in corpus.shards)))
             done = _annotate_shards(cfg.ocr, todo, files, actors)
     if todo or not _is_counted(output):
-        output.finish(counts_of(files, done))
+        counts = counts_of(files, done)
+        write_board(output.path, corpus.roots, counts)
+        output.finish(counts)
         remove_folder(output.join("_parts"))
         remove_folder(output.join("_tmp"))
-    _print_summary(output)
+    _print_summary(output, corpus)
 
 
 def _bundle(ocr: OcrConfig) -> dict[str, float]:
@@ -161,7 +164,7 @@ def _find_room(ocr: OcrConfig, cfg: RayConfig) -> int:
     make_room(Need(f"annotate with {asked} OCR actors", one * asked), cfg.wait_minutes, enough=one)
     fit = num_that_fit(one, [node.free for node in settled_nodes()])
     if fit < asked:
-        print(f"annotate: {fit} of {asked} OCR actors have room now, the others begin when there is more", flush=True)
+        say(f"annotate: {fit} of {asked} OCR actors have room now, the others begin when there is more")
     return ocr.num_actors or max(fit, 1)
 
 
@@ -195,7 +198,9 @@ def _annotate_shards(ocr: OcrConfig, shards: list[Shard], files: AnnotationFiles
                 finished(result)
     if failed:
         name, why = min(failed.items())
-        raise UserError(f"{len(failed)} of {len(shards)} shards could not be read, the others are annotated; {name}: {why}")
+        raise UserError(
+            f"{len(failed)} of {len(shards)} shards could not be read, the others are annotated and the same words try these again; {name}: {why}"
+        )
     return done
 
 
@@ -296,7 +301,9 @@ def counts_of(files: AnnotationFiles, done: Done) -> dict[str, Any]:
         )
     if done.counts.samples == 0:
         reasons = ", ".join(sorted(set(done.damaged.values()))) or "the shards are empty"
-        raise UserError(f"no sample could be read from {len(names)} shards ({reasons}); is this the right corpus?")
+        raise UserError(
+            f"no sample could be read from {len(names)} shards ({reasons}), {names[0]} first; is this the right corpus?"
+        )
     return {"shards": len(names), **asdict(done.counts), "damaged_shards": done.damaged}
 
 
@@ -305,17 +312,16 @@ def counts_of(files: AnnotationFiles, done: Done) -> dict[str, Any]:
 
 def _say_what_is_done(corpus: Corpus, todo: list[Shard], changed: list[Shard]) -> None:
     if not todo:
-        print(f"annotate: nothing is left to do, all {len(corpus.shards)} shards are annotated")
+        say(f"annotate: nothing is left to do, all {len(corpus.shards)} shards are annotated")
     elif len(todo) < len(corpus.shards):
-        print(f"annotate: {len(corpus.shards) - len(todo)} of {len(corpus.shards)} shards are done already")
+        say(f"annotate: {len(corpus.shards) - len(todo)} of {len(corpus.shards)} shards are done already")
     if changed:
-        print(f"annotate: {len(changed)} shards changed since they were annotated and are looked at again, {changed[0].name} first")
+        say(f"annotate: {len(changed)} shards changed since they were annotated and are looked at again, {changed[0].name} first")
 
 
 @contextmanager
 def _progress(shards: list[Shard], tally: Any) -> Iterator[Any]:
     """A line of progress from what the actors report and from what is finished; yields the function that takes results."""
-    progress = Progress("annotate", len(shards), "shards")
     total_bytes = max(sum(shard.picture_bytes for shard in shards), 1)
     done_bytes = 0
     ended = threading.Event()
@@ -333,29 +339,30 @@ def _progress(shards: list[Shard], tally: Any) -> Iterator[Any]:
             share = max(done_bytes, min(seen_bytes, int(0.99 * total_bytes))) / total_bytes
             progress.show(seen.samples, share, note)
 
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield finished
-    finally:
-        ended.set()
-        thread.join()
-        progress.close()
+    with Progress("annotate", len(shards), "shards") as progress:
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield finished
+        finally:
+            ended.set()
+            thread.join()
 
 
-def _print_summary(output: Output) -> None:
+def _print_summary(output: Output, corpus: Corpus) -> None:
     counts = read_json(output.join("manifest.json"))["counts"]
     samples = counts["samples"]
-    print(f"annotate: {samples} samples in {counts['shards']} shards; text was read in {counts['with_text'] / samples:.1%} of them, "
+    say(f"annotate: {samples} samples in {counts['shards']} shards; text was read in {counts['with_text'] / samples:.1%} of them, "
           f"{counts['regions']} regions in {counts['with_regions'] / samples:.1%}")  # fmt: skip
     for reason, number in sorted(counts["errors"].items(), key=lambda item: (-item[1], item[0])):
-        print(f"annotate: {number} samples with an error: {reason}")
+        say(f"annotate: {number} samples with an error: {reason}")
     if counts["without_caption"]:
-        print(f"annotate: {counts['without_caption']} samples without a caption")
+        say(f"annotate: {counts['without_caption']} samples without a caption")
     damaged = sorted(counts["damaged_shards"].items())
     for name, reason in damaged[:MOST_DAMAGED]:
-        print(f"annotate: shard {name} is damaged, its good part is kept: {reason}")
+        say(f"annotate: shard {name} is damaged, its good part is kept: {reason}")
     if len(damaged) > MOST_DAMAGED:
-        print(f"annotate: and {len(damaged) - MOST_DAMAGED} more damaged shards; {mask(output.join('manifest.json'))} names them")
-    print(f"result: {mask(output.path)}")
-    print(f"next:   raysys filter annotations={shlex.quote(mask(output.path))} policy=paper output=SELECTION")
+        say(f"annotate: and {len(damaged) - MOST_DAMAGED} more damaged shards; {mask(output.join('manifest.json'))} names them")
+    place = mask(output.path)
+    as_tars = "" if all(shard.path.endswith(".tar") for shard in corpus.shards) else " shards=FOLDER"  # which training reads
+    tell_result(place, next_words=f"raysys filter annotations={shlex.quote(place)} policy=paper output=SELECTION{as_tars}")

@@ -109,7 +109,9 @@ class TorchRecognizer:
 def device_of(ocr: OcrConfig) -> torch.device:
     """:raises UserError: where a GPU is asked for and torch sees none."""
     if ocr.num_gpus_per_actor > 0 and not torch.cuda.is_available():
-        raise UserError("ocr.num_gpus_per_actor > 0: torch sees no CUDA device here")
+        raise UserError(
+            "ocr.num_gpus_per_actor > 0: torch sees no CUDA device here; install a CUDA build of torch, or leave the key at 0"
+        )
     return torch.device("cuda" if ocr.num_gpus_per_actor > 0 else "cpu")
 
 

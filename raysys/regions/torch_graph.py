@@ -44,7 +44,9 @@ def import_onnx(path: str) -> nn.Module:
         try:
             values[node.output[0]] = drawing.draw(node, [values[name] for name in node.input])
         except _UnsupportedError as error:
-            raise UserError(f"{path}: ONNX operator {node.op_type} ({node.name or node.output[0]}): {error}") from error
+            raise UserError(
+                f"{path}: ONNX operator {node.op_type} ({node.name or node.output[0]}): {error}; take ocr.engine=onnx"
+            ) from error
     return drawing.finish(values[graph.output[0].name])
 
 

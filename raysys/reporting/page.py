@@ -1,19 +1,29 @@
-"""What a page is made of, and how the pages' sections read and write numbers.
+"""What a page is made of, and how the pages' sections read folders, pictures and numbers.
 
 In and out: plain data; ``page.html.j2`` renders it and escapes every text. Leaves the choice of sections to
-:mod:`raysys.reporting.html` and :mod:`raysys.reporting.sweep_page`.
+:mod:`raysys.reporting.html` and the ``*_page`` modules.
 """
 
 from __future__ import annotations
 
+import base64
 import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.parquet as pq
+from PIL import Image
 
+from raysys.config import VERBS
+from raysys.corpus.images import decode
+from raysys.errors import UserError
+from raysys.masking import mask
 from raysys.reporting.plots import Plot
-from raysys.storage import read_bytes
+from raysys.storage import exists, join, read_bytes, read_json
+
+PICTURE_PX = 320
+"""Long side of a picture on the page."""
 
 
 @dataclass
@@ -42,14 +52,28 @@ class Table:
 
 
 @dataclass
+class Slider:
+    """A threshold that the reader moves."""
+
+    key: str
+    stops: list[tuple[str, str, float]]
+    """(value, what it keeps, how far right the plot's cursor stands, in the plot's units) for each stop."""
+    own: int
+    """Stop at the start."""
+    plot: Plot
+    """Its element ``cursor`` stands at ``own``."""
+    pictures: list[tuple[Picture, int, bool]]
+    """Picture, stop from which on its verdict is the other one, whether it is kept before."""
+
+
+@dataclass
 class Section:
     title: str
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     groups: list[tuple[str, list[Picture]]] = field(default_factory=list)
-    slider: list[tuple[str, int, str]] = field(default_factory=list)
-    """(threshold, number kept, share kept) for each stop."""
+    sliders: list[Slider] = field(default_factory=list)
     text: str = ""
 
 
@@ -73,3 +97,38 @@ def read_parquet(path: str) -> list[dict[str, Any]]:
 def in_brackets(low: float, high: float) -> str:
     """An interval that stays on one line of a cell."""
     return f"[{100 * low:.2f},\u00a0{100 * high:.2f}]"
+
+
+def load_folder(path: str) -> Folder:
+    """:raises UserError: where the folder is missing or no verb of raysys wrote it."""
+    if not exists(join(path, "settings.json")):
+        raise UserError(f"{mask(path)}: not a folder of raysys (no settings.json there); give the output of a verb")
+    settings = read_json(join(path, "settings.json"))
+    verb = settings.get("verb") if isinstance(settings, dict) else None
+    if verb not in VERBS:
+        raise UserError(f"{mask(path)}: settings.json names no verb of raysys (verb={verb}); give the output of a verb")
+    manifest = read_json(join(path, "manifest.json")) if exists(join(path, "manifest.json")) else {}
+    return Folder(path, verb, settings.get("settings") or {}, manifest)
+
+
+def picture(data: Callable[[], bytes], lines: list[str], regions: Iterable[Region] = (), *, side_px: int = PICTURE_PX) -> Picture:
+    """A small JPEG as a data: URI; where it cannot be read, a line says why."""
+    try:
+        image = Image.fromarray(decode(data(), min_side_px=side_px).pixels)
+    except (OSError, ValueError) as error:
+        return Picture("", [*lines, f"(picture not shown: {mask(str(error))})"])
+    image.thumbnail((side_px, side_px))
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=80)
+    return Picture("data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(), lines, list(regions))
+
+
+def counts_table(folder: Folder) -> list[Table]:
+    """The manifest's plain counts; none while the work is not finished."""
+    rows = [[k.replace("_", " "), v] for k, v in folder.counts.items() if not isinstance(v, dict)]
+    return [Table(["", "number"], rows)] if rows else []
+
+
+def shares(counts: dict[str, int], total: int) -> list[list[Any]]:
+    """Rows of name, count and share, the largest first."""
+    return [[name, n, f"{n / max(total, 1):.1%}"] for name, n in sorted(counts.items(), key=lambda item: -item[1])]

@@ -102,7 +102,7 @@ def grouped_bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> Plot:
         axes.set_xticks(range(len(groups)), list(groups))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.margins(y=0.12)
-        axes.legend()
+        axes.figure.legend(loc="outside upper center", ncols=3)
 
     return _draw(title, paint)
 
@@ -121,6 +121,7 @@ def dots(title: str, groups: Mapping[str, Mapping[str, tuple[float, float, float
             axes.errorbar(value, y, xerr=errors, fmt="o", markersize=4, capsize=3, label=name, color=COLORS[i % len(COLORS)])
         axes.set_yticks(range(len(groups)), list(groups))
         axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="x")
         axes.figure.legend(loc="outside upper center", ncols=3)
@@ -160,6 +161,31 @@ def lines(title: str, xlabel: str, series: Mapping[str, tuple[Sequence[float], S
             axes.legend()
 
     return _draw(title, paint)
+
+
+def curve(title: str, x: Sequence[float], y: Sequence[float], *, own: int, last: str = "") -> tuple[Plot, list[float]]:
+    """Share y at each x, with a line that a script may move: the group ``cursor``, which stands at ``x[own]``.
+
+    :param last: what the last x is called, where it is no number.
+    :returns: the plot, and for each x how far right of ``x[own]`` it lies, in units of the SVG.
+    """
+    drawn: list[Axes] = []
+
+    def paint(axes: Axes) -> None:
+        drawn.append(axes)
+        axes.plot(x, y, color=COLORS[0], linewidth=1.4, marker=".", markersize=4)
+        axes.axvline(x[own], color=COLORS[1], linewidth=1.4, gid="cursor")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylim(-0.03, 1.03)
+        if last:
+            ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(x[0], x[-2]) if x[0] <= tick <= x[-2] - 1]
+            axes.set_xticks([*ticks, x[-1]], [*(f"{tick:g}" for tick in ticks), last])
+        axes.grid()
+
+    plot = _draw(title, paint, height_inch=2.0)
+    [axes] = drawn
+    places = [float(axes.transData.transform((value, 0))[0]) * 72 / axes.figure.dpi for value in x]  # an SVG's unit is a point
+    return plot, [place - places[own] for place in places]
 
 
 def scatter(

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from raysys.console import duration
 from raysys.evaluation.metrics import PRIMARY
-from raysys.progress import duration
 from raysys.reporting import plots
 from raysys.reporting.page import Folder, Section, Table, in_brackets, read_parquet
 from raysys.storage import exists, join, read_bytes

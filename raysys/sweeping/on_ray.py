@@ -38,6 +38,7 @@ from raysys.cluster import (
     watched,
 )
 from raysys.config import AshaConfig, SweepConfig, TrainConfig
+from raysys.console import Progress, duration, say, tell_result
 from raysys.corpus.shards import first_shards, open_corpus
 from raysys.errors import UserError, WorkFailed
 from raysys.evaluation.evaluator import SetConfig
@@ -45,7 +46,6 @@ from raysys.evaluation.metrics import PRIMARY
 from raysys.evaluation.on_ray import EvaluatorPool, Spec, bundles_beside, cpus_beside, evaluator_sets, inputs_of, pool_beside
 from raysys.masking import as_written, mask
 from raysys.output import Output, open_output
-from raysys.progress import Progress, duration
 from raysys.room import Need, num_that_fit
 from raysys.storage import exists, join, read_json, remove_file, remove_folder, write_bytes
 from raysys.sweeping.plan import Job, Plan
@@ -92,12 +92,12 @@ def sweep(cfg: SweepConfig) -> None:
                     cfg, base, sets, plan, output, first_shards(corpus.roots, (shard.name for shard in corpus.shards))
                 )
         else:
-            print(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
+            say(f"sweep: nothing is left to do, all {plan.num_trials} trials have ended")
     finally:
         if not exists(output.join("trials")):  # a dry run, or a mistake: other words may come
             output.forget()
     if cfg.dry_run:
-        print("next:   the same words without dry_run=true")
+        say("next:   the same words without dry_run=true")
     else:
         _tell_results(plan, output, num_decoded)
 
@@ -151,12 +151,11 @@ def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool
     ended = plan.num_trials - plan.num_to_come
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     there = f"{num_gpus} GPUs, of which {concurrent * cfg.worker_range[1]} train" if cfg.use_gpu else f"{num_cpus()} CPUs"
-    print(
+    say(
         f"sweep: {plan.num_to_come} trials"
         + (f" ({ended} of {plan.num_trials} have ended already)" if ended else "")
         + f", {concurrent} at a time on {there}: {steps:,} steps, {samples:,} samples"
-        + (", less where asha ends trials early" if cfg.asha.grace_steps else ""),
-        flush=True,
+        + (", less where asha ends trials early" if cfg.asha.grace_steps else "")
     )
     questions_s = 0.0
     before = [r["seconds"] for r in plan.results.values() if r["status"] == "finished" and r["seconds"] is not None]
@@ -179,7 +178,7 @@ def _tell_cost(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool
         return
     total_s = max(of_trial * math.ceil(plan.num_to_come / concurrent), questions_s)
     paid = f", {total_s / 3600 * num_gpus:,.1f} hours of all GPUs" if cfg.use_gpu else ""
-    print(f"sweep: about {duration(total_s)}{paid} (by {source})", flush=True)
+    say(f"sweep: about {duration(total_s)}{paid} (by {source})")
 
 
 def _rehearse(cfg: SweepConfig, coming: list[Job], output: Output, pool: EvaluatorPool) -> tuple[float, float, float, float]:
@@ -229,8 +228,6 @@ def _rehearse(cfg: SweepConfig, coming: list[Job], output: Output, pool: Evaluat
 
 
 def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPool, lock: RunLock, concurrent: int) -> None:
-    progress = Progress("sweep", plan.num_trials, "trials", already=plan.num_trials - plan.num_to_come)
-
     def begin() -> Job | None:
         job = plan.next()
         if job is not None:
@@ -252,11 +249,11 @@ def _run_trials(cfg: SweepConfig, plan: Plan, output: Output, pool: EvaluatorPoo
             cfg.asha, _histories(plan, output, cfg.objective)
         )
     try:
-        _tune(begin, end, pool=pool, concurrent=concurrent, place=output.join("_ray"), objective=cfg.objective, asha=asha)
+        with Progress("sweep", plan.num_trials, "trials", already=plan.num_trials - plan.num_to_come) as progress:
+            _tune(begin, end, pool=pool, concurrent=concurrent, place=output.join("_ray"), objective=cfg.objective, asha=asha)
         lock.check()
     except LostLock as error:
         raise UserError(str(error)) from error
-    progress.close()
     remove_folder(output.join("lock"))
 
 
@@ -463,14 +460,15 @@ def _tell_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> No
     write_hparams(output.path, rows, plan.keys, plan.objectives)
     best = best_point(points)
     if best is not None:
-        words = {k: v for k, v in asdict(plan.words_of(best)).items() if k not in ("output", "ray") and v is not None}
+        words = {k: v for k, v in asdict(plan.words_of(best)).items() if k not in ("output", "ray", "verbosity") and v is not None}
         write_bytes(output.join("best.yaml"), yaml.safe_dump(as_written(words), sort_keys=False, allow_unicode=True).encode())
     else:
         remove_file(output.join("best.yaml"))  # of fewer seeds
-    print("\n".join(table(rows, points, plan.keys, plan.objectives, best.number if best else None)))
-    print(f"result: {mask(output.path)}")
+    say("\n".join(table(rows, points, plan.keys, plan.objectives, best.number if best else None)))
     if best is not None:
-        print(f"best:   point {best.number}, its models: {', '.join(mask(output.join('trials', name)) for name in best.trials)}")
+        say(
+            f"sweep: best is point {best.number}, its models: {', '.join(mask(output.join('trials', name)) for name in best.trials)}"
+        )
     of_status = {
         status: [row for row in rows if row["status"] == status] for status in ("finished", "failed", "stopped", "crashed")
     }
@@ -481,7 +479,9 @@ def _tell_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> No
         )
     if best is None:
         first = next((row for row in rows if row["status"] == "failed"), rows[0])
-        raise UserError(f"no point of {mask(output.path)} finished with all its seeds; {first['trial']}: {first['reason']}")
+        raise UserError(
+            f"no point of {mask(output.path)} finished with all its seeds; {first['trial']}: {first['reason']}; give other values in a new folder"
+        )
     counts = {"points": len(points), "trials": len(rows)} | {
         status: len(those) for status, those in of_status.items() if status != "crashed"
     }
@@ -496,7 +496,10 @@ def _tell_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> No
             ocr_engines_opened=ocr_engines,
         )
     budget = "train.steps" if "steps" in words["train"] and words["train"]["steps"] else "train.samples_seen"
-    print(
-        f"next:   raysys report {shlex.quote(mask(output.path))}   or, longer or on more data: "
-        f"raysys train config={shlex.quote(mask(output.path))}/best.yaml {budget}=N output=RUN"
+    place = shlex.quote(mask(output.path))
+    tell_result(
+        mask(output.path),
+        best=f"raysys train config={place}/best.yaml {budget}=N output=RUN   (longer, or on more data)",
+        board=f"tensorboard --logdir {place}",
+        next_words=f"raysys report {place}",
     )

@@ -6,14 +6,13 @@ rows. No Ray; running them is left to :mod:`raysys.sweeping.on_ray`.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import statistics
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raysys.config import SweepConfig, TrainConfig
+from raysys.console import hushed, say
 from raysys.corpus.index import SampleIndex
 from raysys.corpus.shards import absolute_corpus
 from raysys.errors import UserError
@@ -164,17 +163,17 @@ class Plan:
                 index = self.judge_for(job)
                 order_of(job.cfg, index)
             except UserError as error:
-                print(f"sweep: {what}: {error}")
+                say(f"sweep: {what}: {error}")
                 self.refused.add(job.evidence)
                 continue
             passes = job.cfg.num_steps * job.cfg.global_batch / len(index)
             share = f"{len(index):,} of {index.num_samples_before:,} samples ({len(index) / index.num_samples_before:.1%})"
-            print(f"sweep: {what}: keeps {share}, seen {passes:.1f} times", flush=True)
+            say(f"sweep: {what}: keeps {share}, seen {passes:.1f} times")
 
     def judge_for(self, job: Job) -> SampleIndex:
         """The selection (or index) of a job, which is made where it is not there. :raises UserError: where that cannot be."""
         if job.evidence not in self._judged:
-            with contextlib.redirect_stdout(io.StringIO()):  # filter's own lines
+            with hushed():  # filter's own lines
                 self._judged[job.evidence] = choose_samples(job.cfg, job.evidence)
         return self._judged[job.evidence]
 

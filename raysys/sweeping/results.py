@@ -9,17 +9,16 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysys.board import Board
 from raysys.masking import mask
 from raysys.storage import join, remove_folder, write_bytes, write_json
 
@@ -241,29 +240,25 @@ def _text(value: Any) -> str:
 def write_hparams(folder: str, rows: list[Row], keys: list[str], objectives: list[str]) -> None:
     """``tensorboard/TRIAL`` of each finished or stopped trial, for TensorBoard's HParams; what an earlier call wrote goes.
 
-    Hyper-parameters: the swept keys and the seed. Metrics: the objectives, ``kept_share``, ``score``, and ``steps``, which tells a
-    stopped trial. All trials declare the same ones with the same types, since TensorBoard takes any trial's word for all: a key
-    with a value that is no number (null, a list) is written as strings throughout.
+    Hyper-parameters: the swept keys and the seed. Metrics, by the tags that the trial's own board has for them: the objectives, their mean
+    (``val/score``), ``data/kept_share``, and ``train/steps``, which tells a stopped trial. A key with a value that is no number (null, a
+    list) is written as strings throughout.
     """
-    from torch.utils.tensorboard import FileWriter
-    from torch.utils.tensorboard.summary import hparams, scalar
-
+    remove_folder(join(folder, "tensorboard"))
     rows = [row for row in rows if row["status"] in ("finished", "stopped")]
     numeric = {key for key in keys if all(_is_number(row[key]) for row in rows)}
-    metrics = dict.fromkeys([*objectives, "kept_share", "score", "steps"])
-    with tempfile.TemporaryDirectory(prefix="raysys-tensorboard-") as own_folder:
-        for row in rows:
-            writer = FileWriter(os.path.join(own_folder, row["trial"]))
-            hyper = {key: row[key] if key in numeric else _text(row[key]) for key in keys} | {"seed": row["seed"]}
-            for summary in hparams(hyper, metrics):
-                writer.add_summary(summary)
-            for name in metrics:
-                if row[name] is not None:
-                    writer.add_summary(scalar(name, row[name]), row["steps"])
-            writer.close()
-        remove_folder(join(folder, "tensorboard"))
-        for path in sorted(Path(own_folder).glob("*/*")):
-            write_bytes(join(folder, "tensorboard", path.parent.name, path.name), path.read_bytes(), durable=False)
+    metrics = [*(f"val/{name}" for name in objectives), "val/score", "data/kept_share", "train/steps"]
+    for row in rows:
+        hyper = {key: row[key] if key in numeric else _text(row[key]) for key in keys} | {"seed": row["seed"]}
+        numbers = {f"val/{name}": row[name] for name in objectives} | {
+            "val/score": fmean(row[name] for name in objectives),  # of all, also where the sweep goes by one
+            "data/kept_share": row["kept_share"],
+            "train/steps": row["steps"],
+        }
+        with closing(Board(join(folder, "tensorboard", row["trial"]))) as board:
+            board.hparams(hyper, metrics, row["trial"])
+            board.scalars({tag: value for tag, value in numbers.items() if value is not None}, row["steps"])
+            board.flush()
 
 
 def _is_number(value: Any) -> bool:

@@ -158,7 +158,7 @@ def check_space(space: Space, base: TrainConfig, search: str) -> None:
                 raise UserError(f"space: {error}" if str(error).startswith(key) else f"space: {key}={value}: {error}") from error
             held = _value_at(cfg, key)
             if held in seen:  # as the config holds it: 1 and 1.0 are one learning rate
-                raise UserError(f"space: {key}={value}: says the same as {tried[seen.index(held)]} before it")
+                raise UserError(f"space: {key}={value}: says the same as {tried[seen.index(held)]} before it; leave one out")
             seen.append(held)
         if key in groups(TrainConfig):
             _refuse_lost_words(key, space, base, seen)
@@ -182,7 +182,7 @@ def _swept_type(key: str) -> Any:
     """Type of a key of train. :raises UserError: where it is unknown or not swept."""
     why = NOT_SWEPT.get(key.split(".")[0])
     if why:
-        raise UserError(f"space: {key}: is not swept; {why}")
+        raise UserError(f"space: {key}: is not swept; {why}; take it out")
     try:
         return type_of(TrainConfig, key)
     except UserError as error:

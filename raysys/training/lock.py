@@ -90,8 +90,9 @@ def _refuse_other(run: str, what: str, file: str, token: str) -> None:
     try:
         holder = json.loads(read_bytes(file))
     except FileNotFoundError as error:
-        raise LostLock(f"{mask(file)} is gone; was the run's folder removed or moved?") from error
+        raise LostLock(f"{mask(file)} is gone: the run's folder was removed or moved; give output= where it lies now") from error
     if holder["token"] != token:
         raise LostLock(
-            f"another {what} has taken over {mask(run)}: process {holder['pid']} on {holder['host']}, since {holder['time']}"
+            f"another {what} has taken over {mask(run)}: process {holder['pid']} on {holder['host']}, since {holder['time']}; "
+            "it goes on there; to go on here, end it and repeat the words"
         )

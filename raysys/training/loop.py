@@ -5,8 +5,6 @@ Runs under Ray Train and in a plain process alike: what it needs of its host is 
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -15,6 +13,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from raysys.config import TrainConfig
@@ -28,6 +27,7 @@ from raysys.storage import join, read_json
 from raysys.training import checkpoint
 from raysys.training.augment import strength_at
 from raysys.training.card import library_versions, model_card
+from raysys.training.compiler import find_compiler
 from raysys.training.flops import Utilisation, flops_per_sample, peak_tflops
 from raysys.training.group import Group
 from raysys.training.ingest import Batch, BatchReader
@@ -37,6 +37,7 @@ from raysys.training.model import count_parameters, training_model
 from raysys.training.samples import order_of
 from raysys.training.step import TrainStep, batch_norm_warning
 from raysys.training.validation import SCORE, Validation, Validator
+from raysys.training.views import views_of
 
 
 @dataclass
@@ -124,6 +125,10 @@ def run_worker(cfg: TrainConfig, run: str, index: SampleIndex, host: Host, lock:
         with together.all_or_none():
             if host.rank == 0:
                 writer = stack.enter_context(closing(_Writer(cfg, run, lock, first, host, utilisation)))
+                if not first:
+                    samples, _ = order.batch(0, host.rank, host.world_size)
+                    views = views_of(samples, index, order, cfg.augment, size_px=image_size(loaded), num_steps=cfg.num_steps)
+                    writer.show_data(len(index) / index.num_samples_before, views)
         if first and _validates(cfg, first):
             weights = step_fn.model_state()
             with together.later():
@@ -142,11 +147,9 @@ def run_worker(cfg: TrainConfig, run: str, index: SampleIndex, host: Host, lock:
 
 
 def _require_compiler(device: torch.device) -> None:
-    """torch.compile calls $CXX or g++ for CPUs, and Triton $CC, gcc or clang for GPUs. :raises UserError: where this machine has none."""
-    said, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
-    names = [os.environ[said]] if said in os.environ else usual
-    if not any(shutil.which(name) for name in names):
-        which = f"{said}={names[0]}" if said in os.environ else " or ".join(names)
+    """:raises UserError: where this machine has no compiler for the device."""
+    found, which = find_compiler(device.type)
+    if found is None:
         raise UserError(
             f"train.compile=true: {which} is not there on {socket.gethostname()}; install it on every node, or leave the key out"
         )
@@ -342,6 +345,10 @@ class _Writer:
         self._log.write(step, numbers | self._utilisation.metrics(numbers["samples_per_s"] / self._num_workers))
         if self._validation is not None:
             self._validation.take_answer(wait=False)
+
+    def show_data(self, kept_share: float, views: dict[str, list[np.ndarray]]) -> None:
+        """What the run is about to see, for TensorBoard."""
+        self._log.show(0, {"data/kept_share": kept_share}, views)
 
     def save(self, step: int, state: dict[str, Any], loss: float) -> None:
         self._log.flush()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
+from raysys.board import Board
 from raysys.patience import naming_full_disk
 from raysys.storage import exists, is_local, join, named_errors, open_fs, read_bytes, write_bytes
 from raysys.training.lock import RunLock
@@ -58,28 +60,20 @@ class MetricsLog:
 
     def __init__(self, run: str, lock: RunLock, *, first_step: int) -> None:
         """Take up the log of a run that goes on with ``first_step`` steps done: what was logged past it is dropped."""
-        from torch.utils.tensorboard import SummaryWriter  # readers of the log need neither torch nor TensorBoard
-
         lock.check()
         self._lock, self._local = lock, is_local(run)
-        self._path, self._board_path = join(run, "metrics.jsonl"), join(run, "tensorboard")
+        self._path = join(run, "metrics.jsonl")
         kept = [_line(record) for record in read_metrics(run) if record["step"] <= first_step]
         self._lines = bytearray().join(kept)
         """Of an object store: the whole log."""
         write_bytes(self._path, bytes(self._lines))
         self._next_write = perf_counter() + WRITE_EVERY_S
-        self._own_folder = None if self._local else tempfile.TemporaryDirectory(prefix="raysys-tensorboard-")
-        self._board_place = f"TMPDIR={tempfile.gettempdir()}" if self._own_folder else self._board_path
-        # TensorBoard drops what it saw of a step >= purge_step.
-        with naming_full_disk(self._board_place):
-            self._board = SummaryWriter(self._own_folder.name if self._own_folder else self._board_path, purge_step=first_step + 1)
+        self._board = Board(join(run, "tensorboard"), purge_step=first_step + 1 if first_step else 0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log a step: into the local file at once, on an object store within about :data:`WRITE_EVERY_S`."""
         line = _line({"step": step, **metrics})
-        with naming_full_disk(self._board_place):
-            for name, value in metrics.items():
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        self._board.scalars({name if "/" in name else f"train/{name}": value for name, value in metrics.items()}, step)
         if self._local:
             self._lock.check()
             _append(open_fs(self._path)[1], line)
@@ -88,28 +82,28 @@ class MetricsLog:
             if perf_counter() >= self._next_write:
                 self.flush()
 
+    def show(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Numbers and pictures (:meth:`Board.pictures`) for TensorBoard alone, by tag; they are there at once."""
+        self._board.scalars(numbers, step)
+        for tag, of_tag in pictures.items():
+            self._board.pictures(tag, of_tag, step)
+        self.flush()
+
     def flush(self) -> None:
         """Bring all of it to storage: before a checkpoint is saved, so that a run that goes on from it has every line up to it."""
-        with naming_full_disk(self._board_place):
+        if self._local:
             self._board.flush()
-        if self._own_folder is None:
             return
         self._lock.check()
         begun = perf_counter()
         write_bytes(self._path, bytes(self._lines))
-        fs, folder = open_fs(self._board_path)
-        for file in Path(self._own_folder.name).iterdir():
-            with named_errors(self._board_path):
-                fs.put_file(str(file), join(folder, file.name))
+        self._board.flush()
         ended = perf_counter()
         self._next_write = ended + max(WRITE_EVERY_S, (ended - begun) / WRITE_SHARE)
 
     def close(self) -> None:
         """As :meth:`flush`; the log takes no more."""
-        with naming_full_disk(self._board_place), ExitStack() as stack:
-            if self._own_folder is not None:
-                stack.callback(self._own_folder.cleanup)
-            stack.callback(self._board.close)
+        with closing(self._board):
             self.flush()
 
 
@@ -187,7 +181,7 @@ class Window:
 
 
 def _memory_mb() -> dict[str, float]:
-    import torch  # as in MetricsLog
+    import torch  # readers of the log do not need it
 
     numbers = {}
     statm = Path("/proc/self/statm")

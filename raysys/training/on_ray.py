@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysys.cluster import check_storage, make_room, num_cpus, on_this_node, ray_session, this_node, watched
 from raysys.config import FREE_LOOP_KEYS, TrainConfig
+from raysys.console import Progress, say, tell_result, warn
 from raysys.corpus.index import SampleIndex
 from raysys.corpus.shards import first_shards
 from raysys.errors import UserError, WorkFailed
@@ -40,7 +40,6 @@ from raysys.masking import mask
 from raysys.models import LoadedModel, portable
 from raysys.output import Output, open_output, settings_of
 from raysys.patience import explained, is_final
-from raysys.progress import Progress
 from raysys.room import Need
 from raysys.storage import is_local, read_json, remove_folder
 from raysys.training import checkpoint
@@ -68,12 +67,16 @@ def train(cfg: TrainConfig) -> None:
     run = train_run(cfg)
     counts = read_json(run.join("manifest.json"))["counts"]
     loss = f"loss {counts['loss']:.3f}, " if "loss" in counts else ""
-    print(
+    say(
         f"train: {counts['steps']} steps of {counts['global_batch']}, {loss}{counts['samples_kept']} of {counts['samples']} samples kept"
     )
     place = mask(run.path)
-    print(f"result: {place}   (open_clip folder: {place}/open_clip, TensorBoard: {place}/tensorboard)")
-    print(f"next:   raysys evaluate model={shlex.quote(place)} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS")
+    tell_result(
+        place,
+        model=f"{place}/open_clip",
+        board=f"tensorboard --logdir {shlex.quote(place)}",
+        next_words=f"raysys evaluate model={shlex.quote(place)} 'evaluators=[imagenet]' imagenet.path=FOLDER output=RESULTS",
+    )
 
 
 Heard = Callable[[int, dict[str, float]], bool]
@@ -109,7 +112,7 @@ def train_run(cfg: TrainConfig, around: Surroundings | None = None) -> Output:
     sets = evaluator_sets(cfg)[0] if around.pool is None else {}
     run = open_output(cfg.output, "train", run_settings(cfg), not_in_fingerprint=NOT_LEARNT)
     if run.finished:
-        print(f"train: nothing is left to do, all {cfg.num_steps} steps are done")
+        say(f"train: nothing is left to do, all {cfg.num_steps} steps are done")
         return run
     there = checkpoint.steps_there(run.path)
     lock = RunLock.take(run.path)
@@ -178,11 +181,11 @@ def _say_what_is_kept(cfg: TrainConfig, index: SampleIndex, there: list[int]) ->
     """:raises UserError: where a batch asks for more."""
     order = order_of(cfg, index)
     if there:
-        print(f"train: goes on after step {there[-1]} of {cfg.num_steps}")
-    print(f"train: {len(index)} of {index.num_samples_before} samples are kept" + _reasons(index), flush=True)
+        say(f"train: goes on after step {there[-1]} of {cfg.num_steps}")
+    say(f"train: {len(index)} of {index.num_samples_before} samples are kept" + _reasons(index))
     if len(order.shares) > 1:
         shares = zip(order.shares, weighted_sources(cfg.corpus), strict=True)
-        print(f"train: of every batch {', '.join(f'{number} {name}' for number, name in shares)}", flush=True)
+        say(f"train: of every batch {', '.join(f'{number} {name}' for number, name in shares)}")
 
 
 def run_settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -375,13 +378,13 @@ def _progress(run: Output, steps: int, news: Any, *, already: int, heard: Heard 
                     RunLock.take(run.path)  # workers lose the run at their next write, and end together
 
     def follow() -> None:
-        progress, shown, lines_heard, stopped = Progress("train", steps, "steps", already=already), already, 0, False
+        shown, lines_heard, stopped = already, 0, False
         tell(read_metrics(run.path))
         while not stopped:
             stopped = stop.wait(2.0)  # and look once more at the end
             said = ray.get(news.said.remote())
             for line in said[lines_heard:]:
-                print(f"train: {line}", file=sys.stderr, flush=True)
+                warn(f"train: {line}")
             lines_heard = len(said)
             newest = read_newest_metrics(run.path)
             tell(newest)
@@ -390,12 +393,12 @@ def _progress(run: Output, steps: int, news: Any, *, already: int, heard: Heard 
                 progress.advance(last["step"] - shown, note=f"loss {last['loss']:.3f}  {last['samples_per_s']:.0f} samples/s")
                 shown = last["step"]
         tell(read_metrics(run.path))
-        progress.close()
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with Progress("train", steps, "steps", already=already) as progress:
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysys.config import CorpusConfig, TrainConfig
+from raysys.console import Progress
 from raysys.corpus.images import MISSING_IMAGE
 from raysys.corpus.index import SHARDS_FILE, SHARDS_SCHEMA, SampleIndex, read_shards_table, write_shards_table
 from raysys.corpus.order import Order, Source
@@ -24,7 +25,6 @@ from raysys.errors import UserError
 from raysys.masking import mask
 from raysys.policy.policy import NO_CAPTION
 from raysys.policy.select import annotations_sha256, make_selection, open_selection, refuse_what_was_not_stored
-from raysys.progress import Progress
 from raysys.regions.annotations import open_annotations
 from raysys.storage import exists, join, read_json, remove_folder, shard_name, write_json, writing
 
@@ -143,7 +143,7 @@ def _matching_shards(table: pa.Table, corpus: Corpus) -> list[Shard]:
     missing = [name for name in names if name not in listed]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(names)} shards that were annotated (or indexed) are not in the corpus, {missing[0]} first"
+            f"{len(missing)} of {len(names)} shards that were annotated (or indexed) are not in the corpus, {missing[0]} first; bring them back"
         )
     unknown = sorted(listed.keys() - set(names))
     if unknown:
@@ -187,13 +187,12 @@ def _scan(corpus: Corpus, folder: str) -> None:
             pq.write_table(pa.Table.from_pylist(rows, _ROWS), file, row_group_size=2_000)
         return {"name": shard.name, "rows": len(rows), "kept": len(rows), "identity": shard.identity}, reasons
 
-    progress = Progress("index", len(corpus.shards), "shards")
     lines, reasons = [], Counter[str]()
-    for line, of_shard in prefetch(corpus.shards, scan, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE):
-        lines.append(line)
-        reasons += of_shard
-        progress.advance(items=line["rows"])
-    progress.close()
+    with Progress("index", len(corpus.shards), "shards") as progress:
+        for line, of_shard in prefetch(corpus.shards, scan, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE):
+            lines.append(line)
+            reasons += of_shard
+            progress.advance(items=line["rows"])
     samples = sum(line["rows"] for line in lines) + reasons.total()
     write_json(join(folder, "counts.json"), {"samples": samples, "reasons": dict(reasons)})
     write_shards_table(folder, pa.Table.from_pylist(lines, SHARDS_SCHEMA), tmp_folder=join(folder, "_tmp"))

@@ -66,10 +66,10 @@ def test_same_bytes_whatever_the_number_of_actors(
     assert one.pop("manifest.json") != two.pop("manifest.json")  # times
     assert one == two and not any(name.startswith("_parts") for name in one)
     lines = out.splitlines()
-    assert lines[0] == "12 attacked pictures of 4 classes; written class: random, seed 3"
-    assert lines[1] == "0 of them carry their own class's name"
-    assert lines[2] == "text cut off at the edge on 0, nothing of it to be seen on 0"
-    assert lines[3].startswith("fonts: DejaVu") and lines[-2] == f"result: {tmp_path / 'O2'}"
+    assert lines[0] == "attack: 12 attacked pictures of 4 classes; written class: random, seed 3"
+    assert lines[1] == "attack: 0 of them carry their own class's name"
+    assert lines[2] == "attack: text cut off at the edge on 0, nothing of it to be seen on 0"
+    assert lines[3].startswith("attack: fonts: DejaVu") and lines[-2] == f"result: {tmp_path / 'O2'}"
     # the call that it prints finds the set, and its classes
     cfg = compose_config(next_words(out)[1], next_words(out)[2:])
     again = read_class_set(cfg.imagenet_attr, "imagenet_attr", attacked=True)
@@ -78,7 +78,7 @@ def test_same_bytes_whatever_the_number_of_actors(
 
     before = files_of(tmp_path / "O1")
     status, out, _ = run_cli(*words, "num_actors=2", f"output={tmp_path / 'O1'}")
-    assert status == 0 and out.splitlines()[0] == "nothing left to do: 12 attacked pictures are there"
+    assert status == 0 and out.splitlines()[0] == "attack: nothing is left to do, all 12 attacked pictures are there"
     assert files_of(tmp_path / "O1") == before
 
 

@@ -43,8 +43,11 @@ def test_annotate_then_filter(ray_cluster: None, run_cli: Cli, tmp_path: Path, s
     assert [p.name for p in sorted((out / "shards").iterdir())] == ["train-00000.tar.parquet", "train-00001.tar.parquet"]
 
     first = (out / "shards" / "train-00000.tar.parquet").stat().st_mtime_ns
+    (board,) = (out / "tensorboard").iterdir()
+    assert b"regions/without_text" in board.read_bytes()
     status, printed, _ = run_cli(*words)
     assert status == 0 and "nothing is left to do" in printed
+    assert list((out / "tensorboard").iterdir()) == [board]
 
     (out / "shards" / "train-00001.tar.parquet").unlink()  # as if the run had died there
     (out / "manifest.json").unlink()
@@ -52,6 +55,8 @@ def test_annotate_then_filter(ray_cluster: None, run_cli: Cli, tmp_path: Path, s
     assert status == 0 and "1 of 2 shards are done already" in printed
     assert len(set(rows(out))) == 30
     assert (out / "shards" / "train-00000.tar.parquet").stat().st_mtime_ns == first
+    (redone,) = (out / "tensorboard").iterdir()
+    assert redone != board
 
     status, _, err = run_cli(*words, "ocr=fast")
     assert status == 2 and "ocr.looks: [" in err
@@ -119,6 +124,9 @@ def test_two_workers_give_the_losses_of_one(
     assert status == 0
     (result,) = (tmp_path / "E" / "results").iterdir()
     assert read_json(str(result))["metrics"]["mean_recall@1"] == pytest.approx(validated[10])
+    of_run, of_evaluate = (_scalars(tmp_path / folder) for folder in ("R2/tensorboard", "E/tensorboard/R2"))
+    assert of_evaluate and all(points[-1] == pytest.approx(of_run[tag][-1]) for tag, points in of_evaluate.items())
+    assert of_evaluate["val/score"] == [pytest.approx((10, validated[10]))]
 
     status, printed, _ = run_cli(
         "train",
@@ -130,6 +138,14 @@ def test_two_workers_give_the_losses_of_one(
         *RECIPE,
     )
     assert status == 0 and "nothing is left to do" in printed
+
+
+def _scalars(board: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's own reading: tag -> steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_a_mistake_in_a_worker_is_one_line(
@@ -183,6 +199,8 @@ def test_attack_then_evaluate_three_ways(ray_cluster: None, run_cli: Cli, tmp_pa
     )  # fmt: skip
     status, printed, _ = run_cli(*words)
     assert status == 0 and "attack_success_rate" in printed
+    (board,) = (tmp_path / "E" / "tensorboard" / "tiny").iterdir()
+    assert b"val/imagenet_attr/pair_acc" in board.read_bytes() and b"attacked/" in board.read_bytes()
     results = sorted((tmp_path / "E" / "results").iterdir())
     assert {r.name.split("_tiny")[0] for r in results} == {"imagenet", "imagenet_attr", "retrieval"}
     for file in results:
