@@ -88,7 +88,7 @@ def test_whatever_is_killed_every_key_is_there_once(tmp_path: Path, num_pictures
     assert process.wait(timeout=600) == 0, log.read_text()
     assert sum(killed.values()) == num_kills, f"the work was done after {killed}"
     assert keys(tmp_path / "A") == expected
-    assert sorted(p.name for p in (tmp_path / "A").iterdir()) == ["manifest.json", "settings.json", "shards"]
+    assert sorted(p.name for p in (tmp_path / "A").iterdir()) == ["manifest.json", "settings.json", "shards", "tensorboard"]
     assert read_json(str(tmp_path / "A" / "manifest.json"))["counts"]["samples"] == num_pictures
 
 

@@ -54,7 +54,7 @@ def test_annotate_killed_half_way_then_filter_as_from_a_folder(
     again = subprocess.run([sys.executable, "-m", "raysys", *words], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"of {SHARDS} shards are done already" in again.stdout
-    assert sorted(list_names(f"{bucket}/A")) == ["manifest.json", "settings.json", "shards"]
+    assert sorted(list_names(f"{bucket}/A")) == ["manifest.json", "settings.json", "shards", "tensorboard"]
 
     raysys("annotate", f"corpus.path={local}/d", f"output={tmp_path / 'A'}")
     annotated = rows(f"{bucket}/A/shards")
