@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raysys.patience import naming_full_disk
-from raysys.storage import is_local, join, named_errors, open_fs, remove_folder, write_bytes
+from raysys.storage import is_local, join, list_names, named_errors, open_fs, remove_file, write_bytes
 
 JPEG_QUALITY = 80
 """Of pictures on a board, with colours at full resolution, or the lines of boxes would blur."""
@@ -163,13 +163,18 @@ class Board:
 
 @contextmanager
 def new_board(folder: str) -> Iterator[Board]:
-    """A board that is there whole when the block ends, in place of an earlier one; where it raises, what was there stays."""
+    """A board that is there whole when the block ends, in place of an earlier one; where it raises, what was there stays.
+
+    A kill meanwhile leaves the earlier one too, at worst both: the next board takes the place of both.
+    """
     with tempfile.TemporaryDirectory(prefix="raysys-tensorboard-") as own_folder:
         with closing(Board(own_folder)) as board:
             yield board
-        remove_folder(folder)
-        for file in Path(own_folder).iterdir():
+        earlier = list_names(folder)
+        for file in Path(own_folder).iterdir():  # its name holds time, host and process: never that of an earlier one
             write_bytes(join(folder, file.name), file.read_bytes(), durable=False)
+        for name in earlier:
+            remove_file(join(folder, name))
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

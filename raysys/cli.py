@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
@@ -285,10 +286,20 @@ def main() -> None:
             _end(name, explained(error), 1)
         mistake = refused(error)
         if mistake is None:
-            raise
+            _end_in_bug(name, error)
         _end(name, mistake, 2)
     except KeyboardInterrupt:
         _end(name, "stopped; the same words take it up again", 130)
+    except Exception as error:
+        _end_in_bug(name, error)
+
+
+def _end_in_bug(name: str, error: Exception) -> NoReturn:
+    """What nobody foresaw keeps its traceback; in JSON it is a line all the same."""
+    if not console.is_json():
+        raise error
+    console.tell_error(name, mask("".join(traceback.format_exception(error))), 1)
+    sys.exit(1)
 
 
 def _end(name: str, why: object, status: int) -> NoReturn:

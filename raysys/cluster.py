@@ -68,19 +68,21 @@ def ray_session(cfg: RayConfig) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address in ("", "local"):  # Ray's words for a fresh one on this machine
+        address = None
     if address and "://" in address:
         raise UserError(
             f"RAY_ADDRESS={mask(address)}: raysys runs on the cluster, not through Ray Client or the dashboard; "
             "`ray job submit --address http://HOST:8265 --working-dir . -- python -m raysys VERB ...` brings it there"
         )
-    if address and address not in ("auto", "local") and not re.fullmatch(r".+:\d+", address):
+    if address and address != "auto" and not re.fullmatch(r".+:\d+", address):
         raise UserError(f"RAY_ADDRESS={address} is no HOST:PORT, as 10.0.0.1:6379")
     if not cfg.verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         _knock(address)
         with (
-            waiting_for("starting Ray" if address in (None, "local") else f"joining Ray at {address}"),
+            waiting_for("starting Ray" if address is None else f"joining Ray at {address}"),
             nullcontext() if cfg.verbose else _mute(),
         ):
             ray.init(

@@ -5,7 +5,7 @@ In: texts and counts. Out, by ``verbosity``:
 - ``normal``: what was done and found on stdout, where the result lies and what to run next as its last lines; on stderr one live line
   of progress a stage on a terminal, a plain line with the time now and then elsewhere (a job's log), and warnings.
 - ``quiet``: on stdout only where the result lies, on stderr only what goes wrong.
-- ``json``: all of ``normal`` on the same streams, each line one JSON object with ``time``, ``verb`` and ``event``: ``message`` and ``warning``
+- ``json``: all of ``normal`` on the same streams, each line of raysys's own one JSON object with ``time``, ``verb`` and ``event``: ``message`` and ``warning``
   (``text``), ``progress`` (``stage``, ``done``, ``total``, ``unit``, ``per_s``, ``per_s_unit``, ``seconds_left``, ``note``), ``result`` (``path``,
   ``next`` and what a verb adds), ``error`` (``text``, ``status``), ``facts`` of doctor.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ _hushed = 0
 _within = 0
 _live: list[Progress] = []
 """Lines that are shown on the terminal now; the newest is live, those below it wait."""
+_lock = threading.RLock()
+"""Whoever writes to the terminal, or changes what is live, has it: threads warn too."""
 
 
 def begin(verb: str, verbosity: str) -> None:
@@ -45,9 +48,13 @@ def begin(verb: str, verbosity: str) -> None:
     _verb, _verbosity = verb, verbosity
 
 
+def is_json() -> bool:
+    return _verbosity == "json"
+
+
 @contextmanager
 def hushed() -> Iterator[None]:
-    """What a step within another step has to say, but for its warnings, is not said."""
+    """What a step within another step has to say is not said; its progress and its warnings are shown."""
     global _hushed
     _hushed += 1
     try:
@@ -73,10 +80,12 @@ def say(text: str) -> None:
         return
     if _verbosity == "json":
         _write_json(sys.stdout, "message", text=text)
-    elif _live and sys.stdout.isatty():
-        _live[-1].print_above(text)
     else:
-        print(text, flush=True)
+        with _lock:
+            if _live and sys.stdout.isatty():
+                _live[-1].print_above(text)
+            else:
+                print(text, flush=True)
 
 
 def warn(text: str) -> None:
@@ -85,16 +94,17 @@ def warn(text: str) -> None:
         _write_json(sys.stderr, "warning", text=text)
         return
     line = f"{time.strftime('%H:%M:%S')} {text}"
-    if _live:
-        _live[-1].print_above(line)
-    else:
-        print(line, file=sys.stderr, flush=True)
+    with _lock:
+        if _live:
+            _live[-1].print_above(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def tell_result(path: str, *, next_words: str = "", **more: str) -> None:
     """The last lines of a verb: where its result is, and what to run next.
 
-    :param more: further places or facts, by name.
+    :param more: further places and commands, by name; ``report`` is a page.
     """
     if _hushed or _within:
         return
@@ -128,7 +138,7 @@ def tell_error(name: str, text: str, status: int) -> None:
 
 def _write_json(stream: Any, event: str, **fields: Any) -> None:
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    print(json.dumps({"time": now, "verb": _verb, "event": event} | fields, ensure_ascii=False), file=stream, flush=True)
+    print(json.dumps({"time": now, "verb": _verb, "event": event} | fields), file=stream, flush=True)
 
 
 @contextmanager
@@ -158,16 +168,17 @@ class Progress:
         self._first: tuple[float, int, float] | None = None
         """When the first work was reported, how much, and its share: what came before (imports, actors that start) is in no rate."""
         self._shown = False
-        self._silent = bool(_hushed) or _verbosity == "quiet"
+        self._silent = _verbosity == "quiet"
         live = not self._silent and _verbosity == "normal" and sys.stderr.isatty()
         self._rich = _rich_progress(self) if live else None
         self.every_s = 0.5 if live else LINE_EVERY_S
         """Seconds between two looks that are worth it."""
         if self._rich is not None:
-            for below in _live[-1:]:
-                below._pause()
-            _live.append(self)
-            self._rich.start()
+            with _lock:
+                for below in _live[-1:]:
+                    below._pause()
+                _live.append(self)
+                self._resume()
 
     def __enter__(self) -> Progress:
         return self
@@ -181,7 +192,9 @@ class Progress:
         self._items += items
         self._share, self._note = self.done / max(self._total, 1), note
         self._mark_first()
-        if time.monotonic() - self._last >= self.every_s or (self._rich is not None and self.done >= self._total):
+        if (
+            self._rich is not None or time.monotonic() - self._last >= self.every_s
+        ):  # a terminal is drawn four times a second anyhow
             self._show()
 
     def show(self, items: int, share: float, note: str = "") -> None:
@@ -197,12 +210,13 @@ class Progress:
     def close(self) -> None:
         """The last state stays on the screen; in a log it is a line where the work took long enough to have had one."""
         if self._rich is not None:
-            self._rich.update(self._task, completed=self._share, total=1, words=self._words(ended=True))
-            self._rich.stop()
-            self._rich = None
-            _live.remove(self)
-            for below in _live[-1:]:
-                below._resume()
+            with _lock:
+                _live.remove(self)
+                self._rich.update(self._task, completed=self._share, total=1, words=self._words(ended=True))
+                self._rich.stop()
+                self._rich = None
+                for below in _live[-1:]:
+                    below._resume()
         elif self._shown:
             self._show(ended=True)
         self._silent = True  # a second call says nothing
@@ -220,14 +234,15 @@ class Progress:
     def _resume(self) -> None:
         if self._rich is not None:
             self._rich.start()
+            self._rich.console.show_cursor(True)  # who is killed leaves it as it is
 
     def _show(self, *, ended: bool = False) -> None:
         self._last = time.monotonic()
         if self._silent:
             return
         self._shown = True
-        if self._rich is not None:
-            self._rich.update(self._task, completed=self._share, total=1, words=self._words())
+        if (rich := self._rich) is not None:
+            rich.update(rich.task_ids[0], completed=self._share, total=1, words=self._words())
         elif _verbosity == "json":
             state = {"stage": self._stage, "done": self.done, "total": self._total, "unit": self._unit}
             per_s, unit = self._rate()

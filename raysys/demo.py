@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import time
 from dataclasses import replace
 from typing import Any
@@ -98,9 +99,9 @@ def demo(cfg: DemoConfig) -> None:
     say(f"demo: {(time.time() - started) / 60:.1f} minutes")
     tell_result(
         f"{mask(output.path)}/results.json",
-        report=f"{mask(page)}   (open it in a browser)",
-        board=f"tensorboard --logdir {mask(output.path)}",
-        next_words="raysys annotate corpus.path=YOUR_SHARDS output=ANNOTATIONS",
+        report=mask(page),
+        board=f"tensorboard --logdir {shlex.quote(mask(output.path))}",
+        next_words=f"open {shlex.quote(mask(page))} in a browser; then raysys annotate corpus.path=YOUR_SHARDS output=ANNOTATIONS",
     )
 
 

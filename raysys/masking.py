@@ -15,7 +15,8 @@ from raysys.errors import UserError
 
 INTERPOLATED = "RAYSYS_INTERPOLATED"
 """Environment variable in which a process tells itself and its Ray workers what its words interpolate: ``KEY:NAME ...``, the first part of
-a key and the variable that its value names as ``${oc.env:NAME}``. No values stand in it."""
+a key and the variable that its value names as ``${oc.env:NAME}``; the key is empty where not the words but settings that were read name it.
+No values stand in it."""
 _ENV = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
 _USER_INFO = re.compile(
     r"(://)(?:(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)(?<!az://)(?<!hdfs://)(?<!webhdfs://)[^/\s]*@|[^/:\s]+:(?!\d+/)\S*@)"
@@ -31,7 +32,7 @@ _BY_CHANCE = 6
 
 def mask(path: str) -> str:
     """Hide secrets in a path or a text: ``sftp://key:secret@host/...`` (the secret may hold slashes), ``?X-Amz-Signature=...``, and
-    values of variables that the words name, which become ``${oc.env:NAME}`` again."""
+    values of variables that the words, or settings that were read, name, which become ``${oc.env:NAME}`` again."""
     values = {name: value for _, name, value in _interpolated() if len(value) >= _BY_CHANCE}
     return _unresolved(_without_credentials(path), values)
 
@@ -48,13 +49,17 @@ def as_written(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolved(settings: Any) -> Any:
-    """Settings that :func:`as_written` wrote, with the variables' values of now. :raises UserError: naming a variable that is not set."""
+    """Settings that :func:`as_written` wrote, with the variables' values of now, which :func:`mask` hides from here on.
+
+    :raises UserError: naming a variable that is not set.
+    """
 
     def value_of(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise UserError(
                 f"{match[0]} stands in the settings, and the environment variable {match[1]} is not set; set it as it was then"
             )
+        _remember_read(match[1])
         return os.environ[match[1]]
 
     return _map_texts(settings, lambda text: _ENV.sub(value_of, text))
@@ -66,6 +71,13 @@ def remember_interpolated(written: dict[str, Any]) -> None:
     names = {name for text in text_of.values() for name in re.findall(r"\$\{oc\.env:\s*(\w+)", text)}
     keys = {key for key, text in text_of.items() if "${" in text}
     os.environ[INTERPOLATED] = " ".join(f"{key}:{name}" for key in sorted(keys) for name in sorted(names))
+
+
+def _remember_read(name: str) -> None:
+    """Take down a variable that settings name: under no key, so that a short value of it is not looked for in settings of this process."""
+    known = os.environ.get(INTERPOLATED, "").split()
+    if all(entry.split(":")[1] != name for entry in known):
+        os.environ[INTERPOLATED] = " ".join([*known, f":{name}"])
 
 
 def _interpolated() -> list[tuple[str, str, str]]:
@@ -93,7 +105,7 @@ def without_credentials(settings: Any) -> Any:
 
 def variables() -> list[str]:
     """Those that the words of this process name."""
-    return sorted({name for _, name, _ in _interpolated()})
+    return sorted({name for key, name, _ in _interpolated() if key})
 
 
 def _without_credentials(text: str) -> str:

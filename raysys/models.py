@@ -37,7 +37,7 @@ from raysys.config import config_dir
 from raysys.errors import UserError
 from raysys.masking import mask
 from raysys.output import fingerprint
-from raysys.storage import absolute, exists, is_local, join, open_fs, read_json, write_bytes, write_json
+from raysys.storage import absolute, exists, is_local, join, named_errors, open_fs, read_json, write_bytes, write_json
 
 RANDOM = "random"
 CONFIG_FILE = "open_clip_config.json"
@@ -292,7 +292,9 @@ def _folder(folder: str) -> _Source:
     content = read_json(config_file)
     config = _checked(content.get("model_cfg") if isinstance(content, dict) else None, config_file)
     fs, inner = open_fs(folder)
-    if not any(file.endswith(_WEIGHTS_SUFFIXES) for file in fs.ls(inner, detail=False)):
+    with named_errors(folder):
+        names = fs.ls(inner, detail=False)
+    if not any(name.endswith(_WEIGHTS_SUFFIXES) for name in names):
         raise UserError(f"{mask(folder)}: no weights there ({WEIGHTS_FILE} is missing); copy the whole folder, or train again")
     parts = folder.rstrip("/").split("/")
     name = parts[-2] if parts[-1] == "open_clip" and len(parts) > 1 and parts[-2] else parts[-1]
@@ -398,11 +400,12 @@ def _local_copy(path: str, *, weights: bool = True) -> Iterator[str]:
     fs, inner = open_fs(path)
     with tempfile.TemporaryDirectory() as scratch:
         target = os.path.join(scratch, _last_part(path))
-        if weights or not fs.isdir(inner):
-            fs.get(inner, target, recursive=fs.isdir(inner))
-        else:
-            files = [file for file in fs.find(inner) if not file.endswith(_WEIGHTS_SUFFIXES)]
-            fs.get(files, [os.path.join(target, os.path.relpath(file, inner)) for file in files])
+        with named_errors(path):
+            if weights or not fs.isdir(inner):
+                fs.get(inner, target, recursive=fs.isdir(inner))
+            else:
+                files = [file for file in fs.find(inner) if not file.endswith(_WEIGHTS_SUFFIXES)]
+                fs.get(files, [os.path.join(target, os.path.relpath(file, inner)) for file in files])
         yield target
 
 

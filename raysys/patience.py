@@ -142,11 +142,11 @@ def explained(error: OSError) -> WorkFailed:
 
 
 def refused(error: OSError) -> UserError | None:
-    """One line for the user, of an error that the words or the machine can mend; None for any other: that is a bug."""
+    """One line for the user, of an error that the words or the machine can mend; None for any other, and where it names no file or URL, which
+    :mod:`raysys.storage` always does: that is a bug."""
     cause = getattr(error, "cause", error)
     mend = next((mend for kind, mend in _MENDS.items() if isinstance(cause, kind)), None)
-    where = f"{mask(str(cause.filename))}: " if cause.filename else ""
-    return UserError(f"{where}{cause.strerror or cause}; {mend}") if mend else None
+    return UserError(f"{mask(str(cause.filename))}: {cause.strerror or cause}; {mend}") if mend and cause.filename else None
 
 
 @contextmanager

@@ -316,6 +316,7 @@ def remove_file(path: str) -> None:
 
 
 @names_errors
+@names_errors
 def remove_folder(path: str) -> None:
     """Remove a folder and what is in it; nothing happens where it is not there."""
     fs, inner = open_fs(path)

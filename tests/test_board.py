@@ -133,6 +133,26 @@ def test_a_new_board_takes_the_place_of_the_old_one_whole_or_not_at_all(tmp_path
     assert tags_of(tmp_path / "b") == {"scalars": ["c"]} and len(list((tmp_path / "b").iterdir())) == 1
 
 
+@pytest.mark.parametrize("step", ["write_bytes", "remove_file"])
+def test_a_kill_while_a_board_takes_the_place_of_another_leaves_one(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(tag: str) -> None:
+        with new_board(str(tmp_path / "b")) as board:
+            board.scalars({tag: 1.0}, 0)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    write("a")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"raysys.board.{step}", killed)
+        write("b")
+    assert tags_of(tmp_path / "b") == {"scalars": ["a"] if step == "write_bytes" else ["a", "b"]}
+    write("c")
+    assert tags_of(tmp_path / "b") == {"scalars": ["c"]}
+
+
 def test_on_an_object_store_what_was_flushed_stays_and_the_rest_goes(s3: S3Server, tmp_path: Path) -> None:
     """A worker that lost its run must not write when it ends."""
     folder = join(s3.new_bucket(), "run")

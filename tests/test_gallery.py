@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from raysys.errors import UserError
+from raysys.patience import StorageDown
 from raysys.regions import gallery
-from raysys.regions.gallery import groups_of_annotations, read_sample
+from raysys.regions.gallery import groups_of_annotations, read_sample, show_rows
 
 COLUMNS = ("shard", "index")
 
@@ -28,23 +31,45 @@ def write(folder: Path, sizes: dict[str, int], *, row_group: int = 10) -> Path:
 
 def test_few_rows_are_all_read_in_order(tmp_path: Path) -> None:
     folder = write(tmp_path, {"b/1.tar": 25, "a.tar": 3, "empty.tar": 0})
-    table, num_rows, names = read_sample(str(folder), COLUMNS)
-    assert num_rows == table.num_rows == 28 and names == ["a.tar.parquet", "b/1.tar.parquet", "empty.tar.parquet"]
+    table, num_rows, num_files = read_sample(str(folder), COLUMNS)
+    assert num_rows == table.num_rows == 28 and num_files == 3
     assert table["index"].to_pylist() == [*range(3), *range(25)]
     assert table["identity"].to_pylist() == ["of a.tar"] * 3 + ["of b/1.tar"] * 25
 
 
-def test_many_rows_are_taken_from_all_over_the_shards_and_what_small_ones_lack_the_others_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gallery, "MAX_ROWS", 60)
+def test_many_rows_are_taken_from_all_over_the_shards_in_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "MAX_ROWS", 62)
     monkeypatch.setattr(gallery, "MAX_SHARDS", 4)
-    folder = write(tmp_path, {f"{i:02d}": 4 if i == 0 else 100 for i in range(10)})
-    table, num_rows, names = read_sample(str(folder), COLUMNS)
-    assert table.num_rows == 60 and num_rows == 304 and len(names) == 10
+    folder = write(tmp_path, {f"{i:02d}": 10 if i == 0 else 100 for i in range(10)})
+    table, num_rows, num_files = read_sample(str(folder), COLUMNS)
+    assert table.num_rows == 62 and num_rows == 310 and num_files == 10
     of_shard = {name: [row["index"] for row in table.to_pylist() if row["shard"] == name] for name in ("00", "03", "06", "09")}
-    assert [len(rows) for rows in of_shard.values()] == [4, 18, 19, 19]
+    assert [len(rows) for rows in of_shard.values()] == [2, 20, 20, 20]
     assert of_shard["03"][0] == 0 and of_shard["03"][-1] >= 90  # both ends of a shard
+
+
+class Down:
+    """A store that gives nothing but errors, after some patience."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, row: dict[str, Any], roots: dict[str, str]) -> bytes:
+        self.asked += 1
+        raise StorageDown(errno.ECONNABORTED, "Service Unavailable", row["shard"])
+
+
+def test_a_store_that_does_not_answer_is_not_asked_for_every_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "sample_bytes", down := Down())
+    shown = show_rows([{"shard": "a.tar"}] * 500, {}, lambda row, data: data)
+    assert (
+        down.asked <= gallery.PICTURES_AT_ONCE and len(shown) == 500 and all(isinstance(one, OSError | ValueError) for one in shown)
+    )
+
+
+def test_pictures_that_cost_much_are_few() -> None:
+    assert gallery.most_pictures(pa.table({"shard": ["a.tar", "b.tar"]})) == 12
+    assert gallery.most_pictures(pa.table({"shard": ["a.tar", "captions.csv"]}), 18) == 4
 
 
 def test_one_huge_shard_is_not_read_from_its_beginning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

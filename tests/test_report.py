@@ -322,6 +322,37 @@ def test_large_annotations_are_read_in_part_and_the_page_says_so(tmp_path: Path,
     assert "look at 3 rows from shards all over the 2;" in page and "<td>4,321</td>" in page
 
 
+def with_ocr(source: Path, **ocr: Any) -> Path:
+    """The annotations as if made with these settings."""
+    settings = json.loads((source / "settings.json").read_text())
+    settings["settings"]["ocr"] = ocr
+    write_json(str(source / "settings.json"), settings)
+    return source
+
+
+def test_annotations_that_stored_no_faint_boxes_are_asked_for_none(tmp_path: Path) -> None:
+    page = page_of(with_ocr(annotated(tmp_path), store_score=0.5))
+    assert "Boxes below ocr.store_score=0.5 were not stored" in page
+    assert min(kept_at(page)["policy.min_score"]) == 0.5 and "<code>policy.min_score=<b>0.5</b>" in page
+
+
+def test_annotations_without_readings_say_what_a_policy_can_ask(tmp_path: Path) -> None:
+    page = page_of(with_ocr(annotated(tmp_path), recognize=False, store_score=0.3))
+    assert "Nothing was read (ocr.recognize=false)" in page
+    assert re.search(r"<td>paper</td>\s*<td>1</td>\s*<td>25.0%</td>", page)  # of 4 rows two have a box and one is broken
+    assert "policy.min_text_score=" not in page and "policy.max_text_area=" in page
+
+
+def test_a_table_of_a_sample_says_of_how_many_rows_it_is(tmp_path: Path) -> None:
+    assert '<th scope="col">kept of the 4 rows looked at</th>' in page_of(annotated(tmp_path))
+
+
+def test_a_caption_that_looks_like_a_url_with_a_secret_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caption = "see http://shop.example/?key=abc"
+    monkeypatch.setattr("test_report.HOSTILE", caption)
+    assert caption in page_of(annotated(tmp_path))
+
+
 def test_a_shard_that_changed_is_not_read_as_pictures(tmp_path: Path) -> None:
     source = annotated(tmp_path)
     with (tmp_path / "corpus" / "c.tar").open("ab") as file:

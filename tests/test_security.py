@@ -22,7 +22,7 @@ from conftest import TINY_VIT, noise_jpeg, sample, write_tar
 
 import raysys
 from raysys.cli import compose_config
-from raysys.config import ClassSetConfig
+from raysys.config import ClassSetConfig, CorpusConfig, SourceConfig
 from raysys.corpus.samples import Sample
 from raysys.corpus.shards import iter_samples
 from raysys.errors import UserError
@@ -30,6 +30,7 @@ from raysys.evaluation.class_sets import read_class_set
 from raysys.masking import INTERPOLATED, as_written, mask, resolved
 from raysys.models import load_model
 from raysys.output import open_output, settings_of
+from raysys.policy.select import _corpus_words
 from raysys.regions.annotations import open_annotations
 from raysys.reporting.html import report
 from raysys.storage import open_fs, read_json, write_json
@@ -291,6 +292,31 @@ def test_a_variable_that_is_not_set_is_named_with_its_key(tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="variable NOT_SET_HERE is not set"):
         resolved({"corpus": {"path": "${oc.env:NOT_SET_HERE}/a"}})
+
+
+def test_a_value_that_settings_of_another_call_name_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of annotations: the words of filter and report hold no variable."""
+    monkeypatch.setenv("TOKEN", SECRET)
+    monkeypatch.setenv("SHORT", "0.3")
+    where = {"path": "/data/${oc.env:TOKEN}/c", "sources": {}, "roots": {"": "/data/${oc.env:TOKEN}/c/${oc.env:SHORT}"}}
+    head = {"verb": "annotate", "fingerprint": "f", "settings": {"corpus": where, "ocr": {}}}
+    write_json(f"{tmp_path}/A/settings.json", head)
+    write_json(f"{tmp_path}/A/manifest.json", {"verb": "annotate"})
+    annotations = open_annotations(str(tmp_path / "A"))
+    assert annotations.roots == {"": f"/data/{SECRET}/c/0.3"}
+    assert mask(f"{annotations.roots['']}/0.tar: no such file") == "/data/${oc.env:TOKEN}/c/0.3/0.tar: no such file"
+    assert _corpus_words(annotations.corpus) == "corpus.path='/data/${oc.env:TOKEN}/c'"
+    sources = {"a": SourceConfig("sftp://k:s3c@h/c"), "b": SourceConfig(f"/{SECRET}")}
+    assert (
+        _corpus_words(CorpusConfig(None, sources))
+        == "corpus.sources.a.path='sftp://***@h/c' corpus.sources.b.path='/${oc.env:TOKEN}'"
+    )
+    assert as_written({"corpus": "/a/0.3"}) == {"corpus": "/a/0.3"}  # a short value counts under keys of this call's words only
+    told = os.environ[INTERPOLATED]  # what the workers get
+    assert "TOKEN" in told and SECRET not in told
+    compose_config("annotate", ["corpus.path=${oc.env:TOKEN}", "output=o"])
+    resolved(where)
+    assert as_written({"corpus": SECRET}) == {"corpus": "${oc.env:TOKEN}"} and os.environ[INTERPOLATED] == "corpus:TOKEN :SHORT"
 
 
 def test_a_folder_of_another_value_is_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import re
@@ -16,13 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import S3Server
 
 from raysys import cli, patience
-from raysys.corpus.tars import read_images
-from raysys.patience import StorageDown, explained, is_final
+from raysys.corpus.tars import iter_spans, read_image, read_images
+from raysys.evaluation.pictures import Picture
+from raysys.patience import StorageDown, explained, is_final, refused
+from raysys.policy.export import _copy_spans
+from raysys.regions.on_ray import _row_of
 from raysys.storage import (
     exists,
     find_files,
@@ -394,6 +399,43 @@ def test_waiting_is_said_once_and_a_verb_that_storage_fails_ends_in_one_line_wit
     assert re.fullmatch(
         rf"raysys filter: {bucket}/\S+: .* \(tried for 0 s\); run the same words again later: what is done stays", end
     )
+
+
+@pytest.mark.parametrize(
+    "kind", [FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ConnectionError, TimeoutError]
+)
+def test_an_error_that_names_no_file_is_no_mistake_in_the_words(kind: type[OSError]) -> None:
+    assert refused(kind("of a bug")) is None and refused(kind(errno.EIO, "of a bug")) is None
+    assert str(refused(kind(errno.EIO, "so it says", "s3://b/a"))).startswith("s3://b/a: so it says; ")
+    with pytest.raises(kind):
+        _row_of(kind("of a bug"))  # of an actor of annotate
+
+
+def test_a_bug_that_raises_an_error_of_files_ends_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    def run(argv: list[str]) -> None:
+        raise PermissionError("of a bug")
+
+    monkeypatch.setattr(cli, "run", run)
+    with pytest.raises(PermissionError, match="of a bug"):
+        run_cli("filter")
+
+
+@pytest.mark.parametrize("fault", ["403", "404"])
+def test_what_a_store_refuses_is_named_whatever_asked(s3: S3Server, bucket: str, faulty: FaultyProxy, fault: str) -> None:
+    url = put(bucket, s3, "c/0.tar", DATA)
+    faulty.for_ever = fault
+    asks: dict[str, Callable[[], object]] = {
+        "picture": lambda: read_image(url, index=0, offset=0, size=3),
+        "spans": lambda: next(iter_spans(url)),
+        "copy": lambda: _copy_spans(url, np.ones(1, bool), io.BytesIO()),
+        "set": lambda: Picture("0", url, offset=0, size=3).read(),
+    }
+    for name, ask in asks.items():
+        with pytest.raises(OSError, match="so says the store|No such file|Not Found") as caught:
+            ask()
+        assert str(refused(caught.value)).startswith(f"{url}: "), name
 
 
 # ---- disks without room --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import S3Server
 
+from raysys.board import Board
 from raysys.storage import list_names
 from raysys.sweeping.results import (
     Estimate,
@@ -276,6 +278,23 @@ def test_hparams_stand_once_in_the_event_files_of_trials_with_numbers(tmp_path: 
         (experiment,) = [value for value, _ in found if value.tag == metadata.EXPERIMENT_TAG]
         declared = metadata.parse_experiment_plugin_data(experiment.metadata.plugin_data.content)
         assert {info.name.tag for info in declared.metric_infos} == numbers.keys()
+
+
+def test_an_earlier_board_stays_until_the_new_one_is_there_and_trials_that_are_gone_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hparams(str(tmp_path), MIXED, SWEPT, OBJECTIVES)
+    trials = {"p0_s0", "p1_s1"}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(Board, "hparams", full)
+        write_hparams(str(tmp_path), MIXED, SWEPT, OBJECTIVES)
+    assert {trial.name for trial in (tmp_path / "tensorboard").iterdir() if events(trial)} == trials
+    write_hparams(str(tmp_path), MIXED[:1], SWEPT, OBJECTIVES)
+    assert list_names(str(tmp_path / "tensorboard")) == ["p0_s0"]
 
 
 def test_every_trial_declares_the_same_types(tmp_path: Path) -> None:

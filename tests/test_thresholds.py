@@ -53,6 +53,11 @@ def test_a_row_flips_where_the_threshold_passes_it() -> None:
     assert one.stops[place - 1] < 0.03 <= one.stops[place]
 
 
+def test_a_policy_that_asks_just_what_was_stored_is_among_the_values_however_it_is_rounded() -> None:
+    one = scan(TABLE, PolicyConfig(min_score=1 / 3), "min_score", at_least=1 / 3)
+    assert one.own == 0 and one.stops[0] == pytest.approx(1 / 3)
+
+
 def test_values_below_what_was_stored_are_not_asked() -> None:
     assert scan(TABLE, PolicyConfig(), "min_score", at_least=0.3).stops[0] == 0.3
 

@@ -7,6 +7,7 @@ same picture are several captions of one sample. The key is the picture's name w
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from raysys.corpus.samples import BAD_RECORD, UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
-from raysys.storage import join, open_fs, reading
+from raysys.storage import join, named_errors, open_fs, reading
 
 IMAGE_FIELDS = ("file_name", "image", "filename", "filepath", "path", "file")
 CAPTION_FIELDS = ("captions", "caption", "text", "title", "txt")
@@ -30,7 +31,8 @@ def iter_samples(path: str, part: Part | None) -> Iterator[Sample]:
         if error is None:
             fs, inner = open_fs(join(folder, name))
             try:
-                data = fs.cat_file(inner)
+                with named_errors(join(folder, name)):
+                    data = fs.cat_file(inner)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 data = None
         yield Sample(index, printable(os.path.splitext(name)[0]), data, captions=captions, uid=uid, error=error)
@@ -52,7 +54,7 @@ def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
 def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
     sample = next(iter_samples(path, Part(index, 1, index, index + 1)), None)
     if sample is None or sample.image is None:
-        raise FileNotFoundError(f"{path}: the picture of line {index} is not there")
+        raise FileNotFoundError(errno.ENOENT, f"the picture of line {index} is not there", path)
     return sample.image
 
 

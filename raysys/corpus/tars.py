@@ -18,7 +18,7 @@ import numpy as np
 from raysys.corpus.samples import BAD_RECORD, UNSAFE_NAME, DamagedShard, Part, Sample, as_uid, clean_captions, is_unsafe, printable
 from raysys.errors import UserError
 from raysys.masking import mask
-from raysys.storage import named_errors, open_fs, reading
+from raysys.storage import named_errors, names_errors, open_fs, reading
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_GAP_BYTES = 64 << 10
@@ -76,6 +76,7 @@ def plan_parts(path: str, part_bytes: int) -> tuple[list[Part], str]:
     return parts + ([Part(first, count, start, end)] if count else []), damaged
 
 
+@names_errors
 def read_image(path: str, *, index: int, offset: int, size: int) -> bytes:
     fs, inner = open_fs(path)
     data: bytes = fs.cat_file(inner, start=offset, end=offset + size)
@@ -116,7 +117,7 @@ def iter_spans(path: str) -> Iterator[tuple[int, int, int]]:
     :raises DamagedShard: after the last sample that is there, as :func:`iter_samples` does.
     """
     fs, inner = open_fs(path)
-    with fs.open(inner, "rb", block_size=4 << 20) as file:  # of an object store, whose default holds 50 MB
+    with named_errors(path), fs.open(inner, "rb", block_size=4 << 20) as file:  # of an object store, whose default holds 50 MB
         for index, group in enumerate(sample_groups(file, end=None, read=False)):
             bare = sum(tarfile.BLOCKSIZE * (1 + -(-length // tarfile.BLOCKSIZE)) for _, _, length in group.members.values())
             if group.end - group.start == bare:

@@ -364,7 +364,16 @@ def _ask(
 
 def _show(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str]) -> None:
     """A line of progress for each unit, until the answer is there. :raises _NodeLost: where it may never come."""
-    shown: dict[str, Progress] = {}  # the newest is on the screen
+    shown: dict[str, Progress] = {}
+    try:
+        _follow(pool, asked, label, used, shown)
+    finally:
+        for progress in shown.values():
+            progress.close()
+
+
+def _follow(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str], shown: dict[str, Progress]) -> None:
+    """:param shown: gets a line for each unit, the newest of them on the screen."""
     there, look, heard = False, time.monotonic(), time.monotonic()
     while not there:
         there = bool(ray.wait([asked.result], timeout=0.5)[0])
@@ -385,5 +394,3 @@ def _show(pool: EvaluatorPool, asked: Asked, label: str, used: dict[str, str]) -
             if done > shown[unit].done:
                 heard = time.monotonic()
                 shown[unit].advance(done - shown[unit].done)
-    for last in list(shown.values())[-1:]:
-        last.close()

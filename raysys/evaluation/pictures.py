@@ -20,7 +20,7 @@ from raysys.corpus.parquet import row_group_images
 from raysys.errors import UserError
 from raysys.masking import mask
 from raysys.patience import StorageDown
-from raysys.storage import open_fs, read_bytes
+from raysys.storage import named_errors, open_fs, read_bytes
 
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp")
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, Image.DecompressionBombError)
@@ -48,7 +48,8 @@ class Picture:
         if self.offset < 0:
             return read_bytes(self.path)
         fs, inner = open_fs(self.path)
-        return fs.cat_file(inner, start=self.offset, end=self.offset + self.size)
+        with named_errors(self.path):
+            return fs.cat_file(inner, start=self.offset, end=self.offset + self.size)
 
 
 _lock = threading.Lock()

@@ -35,7 +35,7 @@ from raysys.masking import mask
 from raysys.output import Output, open_output
 from raysys.patience import is_final
 from raysys.regions.annotations import Annotations, read_head, refuse_changed_shard
-from raysys.storage import find_files, open_fs, remove_folder, write_json, writing
+from raysys.storage import find_files, named_errors, open_fs, remove_folder, write_json, writing
 
 SHARDS_AT_ONCE = 8
 """Shards that are copied beside each other: each waits for storage most of the time."""
@@ -135,7 +135,7 @@ def _copy_spans(source: str, keep: np.ndarray, out: BinaryIO) -> int:
     fs, inner = open_fs(source)
     copied, last = 0, -1  # index of the sample before: one may have several spans
     start = end = size = 0  # what is to be copied, and what was
-    with fs.open(inner, "rb", block_size=READ_AT_ONCE_BYTES) as file:
+    with named_errors(source), fs.open(inner, "rb", block_size=READ_AT_ONCE_BYTES) as file:
         with suppress(DamagedShard):  # the good part was annotated
             for index, first, after in iter_spans(source):
                 if index >= len(keep) or not keep[index]:

@@ -266,8 +266,8 @@ def _print_counts(policy: PolicyConfig, output: Output) -> None:
 def _corpus_words(corpus: CorpusConfig) -> str:
     """The words that name the corpus to another verb."""
     if corpus.path is not None:
-        return f"corpus.path={shlex.quote(corpus.path)}"
-    return " ".join(f"corpus.sources.{name}.path={shlex.quote(source.path)}" for name, source in corpus.sources.items())
+        return f"corpus.path={shlex.quote(mask(corpus.path))}"
+    return " ".join(f"corpus.sources.{name}.path={shlex.quote(mask(source.path))}" for name, source in corpus.sources.items())
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------

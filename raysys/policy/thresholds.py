@@ -55,13 +55,13 @@ def scan(table: pa.Table, policy: PolicyConfig, key: str, *, at_least: float = 0
     """Judge the rows at every value of a threshold.
 
     :param table: rows with :data:`raysys.policy.policy.COLUMNS`.
-    :param at_least: smallest value that may be asked (``ocr.store_score`` for ``min_score``).
+    :param at_least: smallest value that may be asked (``ocr.store_score`` for ``min_score``); the policy's own is not below it.
     """
     own = getattr(policy, key)
     values = {
         _number(stop): stop if stop is None or isinstance(stop, int) else float(round(stop, 6)) for stop in [*STOPS[key], own]
     }
-    stops = [values[number] for number in sorted(values) if number >= at_least]
+    stops = [values[number] for number in sorted(values) if number >= _number(at_least)]
     changes: list[dict[str, Any]] = [{key: stop} for stop in stops]
     keep = [judge(table, replace(policy, **change))["keep"].to_numpy() for change in changes]
     return Scan(key, stops, np.array(keep), [_number(stop) for stop in stops].index(_number(own)))

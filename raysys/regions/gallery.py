@@ -6,16 +6,20 @@ a billion rows costs a hundred small reads; which of them are worth showing; a p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysys.corpus.prefetch import prefetch
 from raysys.corpus.shards import read_image, shard_path
 from raysys.masking import resolved
+from raysys.patience import StorageDown
 from raysys.storage import identity, join, list_files, reading
 
 COLUMNS = ("shard", "index", "key", "offset", "size", "caption", "regions", "text_area", "error")
@@ -23,25 +27,30 @@ COLUMNS = ("shard", "index", "key", "offset", "size", "caption", "regions", "tex
 MAX_ROWS = 20_000
 """Rows that are looked at."""
 MAX_SHARDS = 100
-"""Shards they come from."""
+"""Shards that they come from."""
 MAX_PICTURES = 12
 """Pictures of a group."""
+FEW = 4
+"""Pictures of a group where the shards are no tars."""
 READS_AT_ONCE = 16
+"""Parquet files."""
+PICTURES_AT_ONCE = 8
+"""Each waits for storage first; the largest take a quarter of a GiB each."""
+T = TypeVar("T")
 
 
-def read_sample(
-    folder: str, columns: tuple[str, ...] = COLUMNS, *, names: list[str] | None = None
-) -> tuple[pa.Table, int, list[str]]:
-    """At most MAX_ROWS rows, evenly from MAX_SHARDS evenly spaced files: all rows, in order, where there are no more.
+def read_sample(folder: str, columns: tuple[str, ...] = COLUMNS) -> tuple[pa.Table, int, int]:
+    """At most MAX_ROWS rows from MAX_SHARDS evenly spaced files: all rows, in order, where there are no more.
 
-    :param folder: ``A/shards`` or ``S/selection``.
-    :param names: files instead of those that the folder lists.
+    Each file gives the same share of its rows, so shares of the table estimate shares of the corpus.
+
+    :param folder: ``A/shards``.
     :returns: the table, with a column ``identity`` (size and time of the shard that a row was made of); rows of the files read, of which
-        it may hold a part; names of the files, as many as were read and then all others.
+        it may hold a part; number of files in the folder.
     :raises UserError: where the folder holds no such file.
     """
     root, there = list_files(folder, ".parquet")
-    there = sorted(there) if names is None else names
+    there = sorted(there)
     chosen = [there[i] for i in _spread(len(there), MAX_SHARDS)]
     sizes = list(prefetch(chosen, lambda name: _open(join(root, name), lambda file: file.metadata.num_rows), threads=READS_AT_ONCE, ahead=READS_AT_ONCE))  # fmt: skip
     quotas = dict(zip(chosen, _share_out(sizes, MAX_ROWS), strict=True))
@@ -50,8 +59,7 @@ def read_sample(
         return _open(join(root, name), lambda file: _some_rows(file, list(columns), quotas[name]))
 
     tables = list(prefetch(chosen, read, threads=READS_AT_ONCE, ahead=READS_AT_ONCE))
-    others = sorted(set(there) - set(chosen))
-    return pa.concat_tables(tables).combine_chunks(), sum(sizes), [*chosen, *others]
+    return pa.concat_tables(tables).combine_chunks(), sum(sizes), len(there)
 
 
 def _open(path: str, look: Callable[[pq.ParquetFile], Any]) -> Any:
@@ -65,12 +73,10 @@ def _spread(num: int, most: int) -> list[int]:
 
 
 def _share_out(sizes: list[int], most: int) -> list[int]:
-    """How many of each, evenly; what a small one cannot give the larger ones do."""
-    quotas, left = [0] * len(sizes), most
-    for place, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
-        quotas[i] = min(sizes[i], left // (len(sizes) - place))
-        left -= quotas[i]
-    return quotas
+    """How many of each, in proportion; all where there are no more."""
+    ends = np.cumsum([0, *sizes])
+    share = min(1.0, most / max(int(ends[-1]), 1))
+    return np.diff((ends * share).round().astype(int)).tolist()
 
 
 def _some_rows(file: pq.ParquetFile, columns: list[str], quota: int) -> pa.Table:
@@ -83,6 +89,35 @@ def _some_rows(file: pq.ParquetFile, columns: list[str], quota: int) -> pa.Table
     tables = [file.read_row_group(i, columns=columns).slice(0, n) for i, n in zip(groups, quotas, strict=True)]
     table = pa.concat_tables(tables) if tables else file.schema_arrow.empty_table().select(columns)
     return table.replace_schema_metadata().append_column("identity", pa.array([made_of] * table.num_rows, pa.string()))
+
+
+def show_rows(
+    rows: Sequence[dict[str, Any]], roots: dict[str, str], draw: Callable[[dict[str, Any], bytes], T]
+) -> list[T | OSError | ValueError]:
+    """What ``draw`` makes of each row and its picture, in order, or why there is nothing; several beside each other where they are in tars.
+
+    Storage that does not answer is waited for once, not by every picture.
+    """
+    down = threading.Event()
+
+    def show(row: dict[str, Any]) -> T | OSError | ValueError:
+        if down.is_set():
+            return ValueError("its storage does not answer")
+        try:
+            return draw(row, sample_bytes(row, roots))
+        except (OSError, ValueError) as error:
+            if isinstance(error, StorageDown):
+                down.set()
+            return error
+
+    cheap = all(row["shard"].endswith(".tar") for row in rows)
+    with ThreadPoolExecutor(PICTURES_AT_ONCE if cheap else 1, thread_name_prefix="pictures") as threads:
+        return list(threads.map(show, rows))
+
+
+def most_pictures(table: pa.Table, most: int = MAX_PICTURES) -> int:
+    """Of a group: fewer where a picture costs the reading of a row group or a captions file."""
+    return most if pc.all(pc.ends_with(table["shard"], ".tar")).as_py() else min(FEW, most)
 
 
 def sample_bytes(row: dict[str, Any], roots: dict[str, str]) -> bytes:

@@ -7,9 +7,7 @@ In: an annotations folder. Out: A/tensorboard. Histograms and pictures are of a 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,14 +18,8 @@ from raysys.board import PICTURE_PX, Board, draw_boxes, new_board
 from raysys.console import say
 from raysys.corpus.images import decode
 from raysys.masking import mask
-from raysys.patience import StorageDown
-from raysys.regions.gallery import groups_of_annotations, read_sample, sample_bytes
+from raysys.regions.gallery import groups_of_annotations, most_pictures, read_sample, show_rows
 from raysys.storage import join
-
-PICTURES_AT_ONCE = 8
-"""Pictures of tars that are read and drawn beside each other: each waits for storage first. The largest take a quarter of a GiB each."""
-FEW = 4
-"""Pictures of a group where there are other formats, one after the other: for each a whole row group, or captions file, is read."""
 
 
 def write_board(folder: str, roots: dict[str, str], counts: Mapping[str, Any]) -> None:
@@ -67,27 +59,16 @@ def draw_rows(verb: str, table: pa.Table, groups: Mapping[str, np.ndarray], root
     :param table: as :func:`read_sample` gives it. :param groups: numbers of rows, those first that matter most.
     :returns: only groups with pictures; uint8 RGB [h, w, 3] each.
     """
-    cheap = bool(pc.all(pc.ends_with(table["shard"], ".tar")).as_py())
-    failures: list[str] = []
-    down = threading.Event()  # storage that does not answer is waited for once, not by every picture
-
-    def draw(number: int) -> np.ndarray | None:
-        row = table.slice(number, 1).to_pylist()[0]
-        try:
-            return None if down.is_set() else _draw(row, sample_bytes(row, roots))
-        except (OSError, ValueError) as error:
-            if isinstance(error, StorageDown):
-                down.set()
-            failures.append(mask(str(error)))
-            return None
-
+    most = most_pictures(table)
+    owner = [(group, number) for group, rows in groups.items() for number in rows[:most].tolist()]
+    shown = show_rows(table.take(pa.array([number for _, number in owner], pa.int64())).to_pylist(), roots, _draw)
     drawn: dict[str, list[np.ndarray]] = {}
-    with ThreadPoolExecutor(PICTURES_AT_ONCE if cheap else 1, thread_name_prefix="draw") as threads:
-        under_way = {group: threads.map(draw, rows[: None if cheap else FEW].tolist()) for group, rows in groups.items()}
-        for group, pictures in under_way.items():
-            there = [picture for picture in pictures if picture is not None]
-            if there:
-                drawn[group] = there
+    failures = []
+    for (group, _), picture in zip(owner, shown, strict=True):
+        if isinstance(picture, Exception):
+            failures.append(mask(str(picture)))
+        else:
+            drawn.setdefault(group, []).append(picture)
     if failures:
         say(f"{verb}: {len(failures)} pictures are not shown in TensorBoard: {failures[0]}")
     return drawn

@@ -116,9 +116,10 @@ def _refuse(row: dict[str, Any]) -> None:
 def _row_of(error: OSError) -> dict[str, Any]:
     if is_final(error):
         return _row(ended=str(explained(error)))
-    if isinstance(error, PermissionError):
-        return _row(refused=str(refused(error)))
-    raise error
+    mistake = refused(error) if isinstance(error, PermissionError) else None
+    if mistake is None:
+        raise error
+    return _row(refused=str(mistake))
 
 
 def annotate(cfg: AnnotateConfig) -> None:

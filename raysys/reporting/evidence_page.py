@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,35 @@ import pyarrow.compute as pc
 import yaml
 
 from raysys.config import PolicyConfig, choices, config_dir
+from raysys.console import Progress
 from raysys.errors import UserError
 from raysys.masking import resolved
 from raysys.policy.policy import judge
-from raysys.policy.thresholds import STOPS, Borderline, Scan, borderline, scan, written
-from raysys.regions.gallery import MAX_PICTURES, groups_of_annotations, read_sample, sample_bytes
+from raysys.policy.thresholds import STOPS, Scan, borderline, scan, written
+from raysys.regions.gallery import groups_of_annotations, most_pictures, read_sample, show_rows
 from raysys.reporting import plots
-from raysys.reporting.page import Folder, Picture, Region, Section, Slider, Table, counts_table, load_folder, picture, shares
+from raysys.reporting.page import (
+    Folder,
+    Picture,
+    Region,
+    Section,
+    Slider,
+    Table,
+    Verbatim,
+    counts_table,
+    load_folder,
+    not_shown,
+    shares,
+    thumbnail,
+)
 from raysys.storage import exists, join, read_bytes
 
 SLIDER_PICTURES = 18
 """Pictures beside a threshold; six of them are shown at a time."""
-SLIDER_PICTURE_PX = 240
 OF_NONE = ("max_regions", "max_caption_overlap")
 """Thresholds that decide nothing beside the paper's rule: they are shown on the policy ``none``."""
+OF_READINGS = ("min_text_score", "min_text_chars", "max_caption_overlap")
+"""Thresholds that ask what was read."""
 
 
 def annotate_sections(folder: Folder) -> list[Section]:
@@ -47,22 +63,24 @@ def annotate_sections(folder: Folder) -> list[Section]:
         return [numbers, without]
     numbers.notes += note
     numbers.plots = _distributions(table)
-    by_policy = {name: pc.sum(judge(table, named_policy(name))["keep"]).as_py() for name in choices("policy")}
-    numbers.tables.append(Table(["policy", "kept", "share"], shares(by_policy, table.num_rows)))
-    store_score = folder.settings.get("ocr", {}).get("store_score", 0.0)
-    bases = {key: named_policy("none" if key in OF_NONE else "paper") for key in STOPS}
-    scans = [scan(table, policy, key, at_least=_least(key, store_score)) for key, policy in bases.items()]
-    roots = folder.settings.get("corpus", {}).get("roots", {})
-    thresholds = _thresholds(table, scans, roots, total or table.num_rows)
+    stored = _Stored(folder.settings.get("ocr", {}))
+    policies = {name: stored.asked_of(named_policy(name)) for name in choices("policy")}
+    kept = {name: pc.sum(judge(table, policy)["keep"]).as_py() for name, policy in policies.items()}
+    of_rows = f"kept of the {table.num_rows:,} rows looked at" if note else "kept"
+    numbers.tables.append(Table(["policy", of_rows, "share"], shares(kept, table.num_rows)))
+    numbers.notes += stored.notes
+    scans = [scan(table, policies["none" if key in OF_NONE else "paper"], key, at_least=stored.least(key)) for key in stored.keys]
+    pictures = _Pictures(table, folder.settings.get("corpus", {}).get("roots", {}))
+    thresholds = _thresholds(table, scans, pictures, total or table.num_rows)
     thresholds.notes.insert(
         0,
         "Each threshold moves alone: those of regions and of their area from the policy paper, the last two from none (keep all).",
     )
-    lines = {key: _lines(table, rows) for key, rows in groups_of_annotations(table).items()}
-    pictures = Section("Pictures", groups=[
-        (title, [sample_picture(row, roots, extra) for row, extra in lines[title]]) for title in lines
-    ])  # fmt: skip
-    return [numbers, thresholds, pictures, without]
+    groups = [
+        (title, [pictures.of(row) for row in rows[: most_pictures(table)]]) for title, rows in groups_of_annotations(table).items()
+    ]
+    pictures.read()
+    return [numbers, thresholds, Section("Pictures", groups=groups), without]
 
 
 def filter_sections(folder: Folder, annotations: str | None = None) -> list[Section]:
@@ -87,11 +105,10 @@ def filter_sections(folder: Folder, annotations: str | None = None) -> list[Sect
         counts.notes.append(
             "The annotations changed since this selection was made; the plots and pictures below are of what they are now."
         )
-    policy = PolicyConfig(**folder.settings.get("policy", {}))
-    store_score = settings.get("ocr", {}).get("store_score", 0.0)
-    scans = [scan(table, policy, key, at_least=_least(key, store_score)) for key in STOPS]
-    roots = settings.get("corpus", {}).get("roots", {})
-    thresholds = _thresholds(table, scans, roots, total or table.num_rows)
+    policy, stored = PolicyConfig(**folder.settings.get("policy", {})), _Stored(settings.get("ocr", {}))
+    scans = [scan(table, policy, key, at_least=stored.least(key)) for key in stored.keys]
+    shown = _Pictures(table, settings.get("corpus", {}).get("roots", {}))
+    thresholds = _thresholds(table, scans, shown, total or table.num_rows)
     thresholds.notes.insert(
         0, f"Each threshold moves alone; everything else is as the policy {policy.name} of this selection has it."
     )
@@ -101,8 +118,9 @@ def filter_sections(folder: Folder, annotations: str | None = None) -> list[Sect
     names, numbers = np.unique(reason_of, return_counts=True)
     for name in sorted(names, key=lambda name: (name != "kept", -numbers[names == name][0])):
         rows = np.flatnonzero(reason_of == name)
-        rows = rows[np.argsort(near.margin[rows], kind="stable")][:MAX_PICTURES]
-        pictures.groups.append((name, [sample_picture(row, roots, extra) for row, extra in _lines(table, rows, near)]))
+        rows = rows[np.argsort(near.margin[rows], kind="stable")]
+        pictures.groups.append((name, [shown.of(row, near.change[row]) for row in rows[: most_pictures(table)]]))
+    shown.read()
     pictures.notes.append(
         "Borderline: one threshold has to move the least for the other verdict; which one, and to where, stands below the picture."
     )
@@ -113,14 +131,56 @@ def _sample(annotations: str, total: int) -> tuple[pa.Table, list[str]]:
     """Rows of annotations, and what to say of those that were left out. :raises UserError: where there are none."""
     if not annotations:
         raise UserError("the settings name no annotations")
-    table, rows_read, names = read_sample(join(annotations, "shards"))
+    table, rows_read, num_shards = read_sample(join(annotations, "shards"))
     if not table.num_rows:
         raise UserError("the annotations hold no rows")
     if table.num_rows == max(total, rows_read):
         return table, []
     return table, [
-        f"Plots and pictures look at {table.num_rows:,} rows from shards all over the {len(names):,}; tables of counts are of all."
+        f"Plots, thresholds and pictures look at {table.num_rows:,} rows from shards all over the {num_shards:,}; tables of samples are of all."
     ]
+
+
+@dataclass
+class _Stored:
+    """What annotations can be asked, by their settings."""
+
+    ocr: dict[str, Any]
+
+    @property
+    def read(self) -> bool:
+        return bool(self.ocr.get("recognize", True))
+
+    @property
+    def store_score(self) -> float:
+        return float(self.ocr.get("store_score", 0.0))
+
+    @property
+    def keys(self) -> list[str]:
+        """Thresholds that decide by what is there."""
+        return [key for key in STOPS if self.read or key not in OF_READINGS]
+
+    def least(self, key: str) -> float:
+        """The smallest value that a policy may ask: fainter boxes were not stored."""
+        return self.store_score if key == "min_score" else 0.0
+
+    def asked_of(self, policy: PolicyConfig) -> PolicyConfig:
+        """The policy, as far as `raysys filter` takes it for these annotations."""
+        policy = replace(policy, min_score=max(policy.min_score, self.store_score))
+        return policy if self.read else replace(policy, min_text_score=0.0, min_text_chars=0, max_caption_overlap=1.0)
+
+    @property
+    def notes(self) -> list[str]:
+        notes = []
+        if not self.read:
+            notes.append(
+                "Nothing was read (ocr.recognize=false): every policy is shown with min_text_score=0, min_text_chars=0, max_caption_overlap=1."
+            )
+        if self.store_score > PolicyConfig().min_score:
+            notes.append(
+                f"Boxes below ocr.store_score={self.store_score:g} were not stored: every policy is shown with at least that min_score."
+            )
+        return notes
 
 
 def _changed(selection: Folder, annotations: str) -> bool:
@@ -131,11 +191,6 @@ def _changed(selection: Folder, annotations: str) -> bool:
 
 def named_policy(name: str) -> PolicyConfig:
     return PolicyConfig(**yaml.safe_load(read_bytes(join(config_dir(), "policy", f"{name}.yaml"))))
-
-
-def _least(key: str, store_score: float) -> float:
-    """The smallest value that a policy may ask: fainter boxes were not stored."""
-    return store_score if key == "min_score" else 0.0
 
 
 def _distributions(table: pa.Table) -> list[plots.Plot]:
@@ -150,58 +205,80 @@ def _distributions(table: pa.Table) -> list[plots.Plot]:
     ]
 
 
-def _thresholds(table: pa.Table, scans: Sequence[Scan], roots: dict[str, str], total: int) -> Section:
+def _thresholds(table: pa.Table, scans: Sequence[Scan], pictures: _Pictures, total: int) -> Section:
     """A slider for each threshold that decides something here."""
     section = Section("What each threshold would keep")
     idle = [one.key for one in scans if not one.decides]
     if idle:
         section.notes.append(f"Here these change nothing, whatever their value: {', '.join(idle)}.")
-    section.sliders = [_slider(table, one, roots, total) for one in scans if one.decides]
+    section.sliders = [_slider(table, one, pictures, total) for one in scans if one.decides]
     return section
 
 
-def _slider(table: pa.Table, one: Scan, roots: dict[str, str], total: int) -> Slider:
+def _slider(table: pa.Table, one: Scan, pictures: _Pictures, total: int) -> Slider:
     kept = one.keep.sum(axis=1)
-    shown = [written(stop) for stop in one.stops]
     x = [float(stop) if stop is not None else len(one.stops) - 1.0 for stop in one.stops]
-    curve, places = plots.curve(
-        f"policy.{one.key}", x, (kept / table.num_rows).tolist(), own=one.own, last="any" if one.stops[-1] is None else ""
-    )
+    last = "any" if one.stops[-1] is None else ""
+    curve, places = plots.curve(f"policy.{one.key}", x, (kept / table.num_rows).tolist(), own=one.own, last=last)
     stops = []
-    for value, number, place in zip(shown, kept.tolist(), places, strict=True):
+    for stop, number, place in zip(one.stops, kept.tolist(), places, strict=True):
         share = number / table.num_rows
-        of_all = (
-            f"{number:,} of {table.num_rows:,} samples kept"
-            if table.num_rows == total
-            else f"about {float(f'{share * total:.3g}'):,.0f} of {total:,} samples kept"
-        )
-        stops.append((value, f"{of_all}, {share:.1%}", round(place, 2)))
+        of_all = f"{number:,}" if table.num_rows == total else f"about {float(f'{share * total:.3g}'):,.0f}"
+        stops.append((written(stop), f"{of_all} of {total:,} samples kept, {share:.1%}", round(place, 2)))
     flips = one.flips()
     rows = np.flatnonzero(np.isfinite(flips))
     rows = rows[np.argsort(flips[rows], kind="stable")]
-    rows = rows[np.linspace(0, len(rows) - 1, min(SLIDER_PICTURES, len(rows))).round().astype(int)]
-    pictures = [
-        (sample_picture(row, roots, extra, side_px=SLIDER_PICTURE_PX), int(flips[i]), bool(one.keep[0, i]))
-        for i, (row, extra) in zip(rows, _lines(table, rows), strict=True)
-    ]
-    return Slider(f"policy.{one.key}", stops, one.own, curve, pictures)
+    most = most_pictures(table, SLIDER_PICTURES)
+    rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
+    near = [(pictures.of(row), int(flips[row]), bool(one.keep[0, row])) for row in rows]
+    return Slider(f"policy.{one.key}", stops, one.own, curve, near)
 
 
-def _lines(table: pa.Table, rows: np.ndarray, near: Borderline | None = None) -> list[tuple[dict[str, Any], list[str]]]:
-    """Rows as plain values, and what is said of each beside its key."""
-    changes = [near.change[row] for row in rows] if near else [""] * len(rows)
-    said = [[f"the other verdict at policy.{change}"] if change else [] for change in changes]
-    return list(zip(table.take(pa.array(rows)).to_pylist(), said, strict=True))
+class _Pictures:
+    """Pictures of rows: first all are asked for, then each is read once, several beside each other."""
 
+    def __init__(self, table: pa.Table, roots: dict[str, str]) -> None:
+        self._table, self._roots = table, roots
+        self._asked: dict[int, list[Picture]] = {}
 
-def sample_picture(row: dict[str, Any], roots: dict[str, str], lines: Sequence[str] = (), **how: Any) -> Picture:
-    """A row of annotations with its caption and regions, read from the original shard."""
-    regions = []
-    for region in row["regions"] or []:
-        corners = list(zip(region["polygon"][::2], region["polygon"][1::2], strict=True))
-        text = f"“{region['text']}” {region['text_score'] or 0:.2f}" if region["text"] else "nothing read"
-        label = f"{text}, box {region['score']:.2f}, {region['area']:.1%}"
-        regions.append(Region(" ".join(f"{x:.4f},{y:.4f}" for x, y in corners), label))
-    captions = row["caption"] or ["(no caption)"]
-    found = row["error"] or (f"regions cover {row['text_area']:.1%}" if regions else "no region")
-    return picture(lambda: sample_bytes(row, roots), [captions[0], f"{row['key']} · {found}", *lines], regions, **how)
+    def of(self, number: int, change: str = "") -> Picture:
+        """A row with its caption and regions; its picture comes with :meth:`read`.
+
+        :param change: with which the verdict would be the other one.
+        """
+        row = self._table.slice(int(number), 1).to_pylist()[0]
+        regions = []
+        for region in row["regions"] or []:
+            corners = zip(region["polygon"][::2], region["polygon"][1::2], strict=True)
+            text = f"“{region['text']}” {region['text_score'] or 0:.2f}" if region["text"] else "nothing read"
+            label = Verbatim(f"{text}, box {region['score']:.2f}, {region['area']:.1%}")
+            regions.append(Region(" ".join(f"{x:.4f},{y:.4f}" for x, y in corners), label))
+        caption = (row["caption"] or ["(no caption)"])[0]
+        found = row["error"] or (f"regions cover {row['text_area']:.1%}" if regions else "no region")
+        lines = [
+            Verbatim(caption),
+            Verbatim(f"{row['key']} · {found}"),
+            *([f"the other verdict at policy.{change}"] if change else []),
+        ]
+        picture = Picture("", lines, regions)
+        self._asked.setdefault(int(number), []).append(picture)
+        return picture
+
+    def read(self) -> None:
+        """Fill in all that were asked for."""
+        numbers = sorted(self._asked)
+        rows = self._table.take(pa.array(numbers, pa.int64())).to_pylist()
+        with Progress("report", len(rows), "pictures") as progress:
+
+            def draw(row: dict[str, Any], data: bytes) -> str:
+                progress.advance()
+                return thumbnail(data)
+
+            shown = show_rows(rows, self._roots, draw)
+        for number, drawn in zip(numbers, shown, strict=True):
+            for picture in self._asked[number]:
+                if isinstance(drawn, Exception):
+                    picture.lines.append(not_shown(drawn))
+                    picture.regions.clear()
+                else:
+                    picture.src = drawn

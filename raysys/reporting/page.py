@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,10 @@ from raysys.storage import exists, join, read_bytes, read_json
 
 PICTURE_PX = 320
 """Long side of a picture on the page."""
+
+
+class Verbatim(str):
+    """Text of the corpus: it is shown as it is (escaped, as every text), though it may look like a URL with a secret."""
 
 
 @dataclass
@@ -111,16 +115,25 @@ def load_folder(path: str) -> Folder:
     return Folder(path, verb, settings.get("settings") or {}, manifest)
 
 
-def picture(data: Callable[[], bytes], lines: list[str], regions: Iterable[Region] = (), *, side_px: int = PICTURE_PX) -> Picture:
-    """A small JPEG as a data: URI; where it cannot be read, a line says why."""
+def picture(data: Callable[[], bytes], lines: list[str]) -> Picture:
+    """Where it cannot be read, a line says why."""
     try:
-        image = Image.fromarray(decode(data(), min_side_px=side_px).pixels)
+        return Picture(thumbnail(data()), lines)
     except (OSError, ValueError) as error:
-        return Picture("", [*lines, f"(picture not shown: {mask(str(error))})"])
-    image.thumbnail((side_px, side_px))
+        return Picture("", [*lines, not_shown(error)])
+
+
+def thumbnail(data: bytes) -> str:
+    """A small JPEG as a ``data:`` URI. :raises OSError, ValueError: where the bytes are no picture."""
+    image = Image.fromarray(decode(data, min_side_px=PICTURE_PX).pixels)
+    image.thumbnail((PICTURE_PX, PICTURE_PX))
     jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=80)
-    return Picture("data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(), lines, list(regions))
+    image.save(jpeg, "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+
+def not_shown(why: Exception) -> str:
+    return f"(picture not shown: {mask(str(why))})"
 
 
 def counts_table(folder: Folder) -> list[Table]:

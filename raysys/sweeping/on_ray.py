@@ -499,7 +499,7 @@ def _tell_results(plan: Plan, output: Output, num_decoded: dict[str, int]) -> No
     place = shlex.quote(mask(output.path))
     tell_result(
         mask(output.path),
-        best=f"raysys train config={place}/best.yaml {budget}=N output=RUN   (longer, or on more data)",
+        best=f"raysys train config={place}/best.yaml {budget}=N output=RUN",
         board=f"tensorboard --logdir {place}",
-        next_words=f"raysys report {place}",
+        next_words=f"raysys report {place}; to train the best point longer, or on more data, the words behind `best`",
     )

@@ -10,7 +10,6 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysys.board import Board
+from raysys.board import new_board
 from raysys.masking import mask
-from raysys.storage import join, remove_folder, write_bytes, write_json
+from raysys.storage import join, list_names, remove_folder, write_bytes, write_json
 
 Row = dict[str, Any]
 """Columns of results.parquet, in this order: ``trial`` (its name), ``point`` (number), ``seed``, ``status``, ``reason``; the swept keys; ``steps``
@@ -244,7 +243,6 @@ def write_hparams(folder: str, rows: list[Row], keys: list[str], objectives: lis
     (``val/score``), ``data/kept_share``, and ``train/steps``, which tells a stopped trial. A key with a value that is no number (null, a
     list) is written as strings throughout.
     """
-    remove_folder(join(folder, "tensorboard"))
     rows = [row for row in rows if row["status"] in ("finished", "stopped")]
     numeric = {key for key in keys if all(_is_number(row[key]) for row in rows)}
     metrics = [*(f"val/{name}" for name in objectives), "val/score", "data/kept_share", "train/steps"]
@@ -255,10 +253,11 @@ def write_hparams(folder: str, rows: list[Row], keys: list[str], objectives: lis
             "data/kept_share": row["kept_share"],
             "train/steps": row["steps"],
         }
-        with closing(Board(join(folder, "tensorboard", row["trial"]))) as board:
+        with new_board(join(folder, "tensorboard", row["trial"])) as board:
             board.hparams(hyper, metrics, row["trial"])
             board.scalars({tag: value for tag, value in numbers.items() if value is not None}, row["steps"])
-            board.flush()
+    for trial in set(list_names(join(folder, "tensorboard"))) - {row["trial"] for row in rows}:
+        remove_folder(join(folder, "tensorboard", trial))
 
 
 def _is_number(value: Any) -> bool:

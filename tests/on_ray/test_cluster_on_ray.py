@@ -16,6 +16,10 @@ import pytest
 import ray
 from conftest import free_port, wait_for
 
+from raysys.cluster import ray_session
+from raysys.config import RayConfig
+from raysys.errors import WorkFailed
+
 pytestmark = pytest.mark.ray
 BEGIN = """
 import sys, threading, time
@@ -46,6 +50,20 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture
 def address(cluster: Any) -> str:
     return str(cluster.address)
+
+
+@pytest.mark.parametrize("address", [None, "local"])
+def test_a_ray_that_does_not_start_here_is_no_matter_of_the_words(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("no port")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(WorkFailed, match=r"^Ray did not start on this machine \(no port\)"), ray_session(RayConfig()):
+        pass
 
 
 def driver(address: str, body: str) -> subprocess.Popen[str]:
