@@ -16,7 +16,8 @@ demo: install  ## the whole pipeline on the embedded corpus
 	$(BIN)/raysys demo output=outputs/demo
 
 test: install  ## unit tests and one real run a stage, at most 15 minutes
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -m "not long and not gpu and not ray" --numprocesses 2
+	$(BIN)/python -m pytest -m "ray and not long and not gpu"
 
 test-long: install  ## what make test leaves out: processes that die, a real browser (apt-get install chromium), paddlepaddle, clip-benchmark's numbers, img2dataset
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,paddle,browser]'

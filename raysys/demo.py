@@ -22,6 +22,7 @@ import ray
 from raysys.attack.on_ray import attack
 from raysys.cluster import ray_session
 from raysys.config import (
+    OF_CPU,
     AnnotateConfig,
     AttackConfig,
     AttackSettings,
@@ -47,6 +48,7 @@ from raysys.policy.select import filter_annotations
 from raysys.regions.on_ray import annotate
 from raysys.reporting.html import report
 from raysys.storage import read_bytes, read_json, write_json
+from raysys.training.cpu import fast_precision
 from raysys.training.on_ray import train
 
 NO_FILTER = PolicyConfig(name="none", max_text_area=1.0)
@@ -57,6 +59,9 @@ QUESTIONS = {"clean": "imagenet", "retrieval": "retrieval", "attacked": "imagene
 def demo(cfg: DemoConfig) -> None:
     output = open_output(cfg.output, "demo", settings_of(cfg))
     started = time.time()
+    if cfg.train.precision == OF_CPU:
+        cfg = replace(cfg, train=replace(cfg.train, precision=fast_precision()))
+        say(f"demo: trains in {cfg.train.precision}, which is fast on this CPU (train.precision=)")
     with ray_session(cfg.ray), within_another():
         _stage(1, "draw scenes")
         _draw(cfg, output)

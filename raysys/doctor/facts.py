@@ -30,6 +30,7 @@ import raysys
 from raysys.config import ENGINES
 from raysys.doctor.trial import attempt, attempt_imports
 from raysys.training.compiler import find_compiler
+from raysys.training.cpu import cpu_flags
 
 EXTRAS = ("openvino", "paddle", "hf", "s3", "gs")
 """Of pyproject.toml, for users; the others are for developers."""
@@ -158,7 +159,7 @@ def gather() -> Facts:
         cpu=_cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         cpu_limit=_cpu_limit(),
-        cpu_flags=[flag for flag in ("avx512_bf16", "amx_bf16", "amx_int8") if flag in _cpu_info("flags").split()],
+        cpu_flags=[flag for flag in ("avx512_bf16", "amx_bf16", "amx_int8") if flag in cpu_flags()],
         memory_total=memory_total,
         memory_free=memory_free,
         shm_total=shm and shm.total,

@@ -28,6 +28,7 @@ from raysys.training import checkpoint
 from raysys.training.augment import strength_at
 from raysys.training.card import library_versions, model_card
 from raysys.training.compiler import find_compiler
+from raysys.training.cpu import fast_precision
 from raysys.training.flops import Utilisation, flops_per_sample, peak_tflops
 from raysys.training.group import Group
 from raysys.training.ingest import Batch, BatchReader
@@ -215,6 +216,8 @@ def _utilisation(cfg: TrainConfig, loaded: LoadedModel, host: Host) -> Utilisati
         peak = peak_tflops(torch.cuda.get_device_name(host.device))
     what = f"{total / 1e6:.1f}M parameters" + (f", {trained / 1e6:.1f}M of them trained" if trained < total else "")
     work = f"{flops / 1e9:.3g}" if flops is not None else "uncounted"
+    if host.rank == 0 and host.device.type == "cpu" and cfg.train.precision == "amp_bf16" and fast_precision() == "fp32":
+        host.say("this CPU has no instructions for bfloat16 (AVX512_BF16, AMX): train.precision=fp32 is many times as fast here")
     if host.rank == 0:
         host.say(f"{what}, {work} GFLOPs a sample; starts from {mask(loaded.pretrained)} weights")
     return Utilisation(flops, peak)

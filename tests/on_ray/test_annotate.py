@@ -48,9 +48,10 @@ def mixed_corpus(folder: Path, num_pictures: int) -> list[tuple[str, str]]:
     return sorted(expected)
 
 
+@pytest.mark.long  # make test kills once, over an object store
 @pytest.mark.parametrize(
     ("num_pictures", "num_kills"),
-    [pytest.param(1200, 3, id="short"), pytest.param(10_000, 20, id="long", marks=pytest.mark.long)],
+    [pytest.param(1200, 3, id="short"), pytest.param(10_000, 20, id="long")],
 )
 def test_whatever_is_killed_every_key_is_there_once(tmp_path: Path, num_pictures: int, num_kills: int) -> None:
     """SIGKILL of drivers and of OCR actors, at random moments, then the same words."""
