@@ -149,10 +149,8 @@ def waiting_for(what: str) -> Iterator[None]:
         return
     from rich.console import Console
 
-    with (
-        open(os.dup(sys.stderr.fileno()), "w") as terminal,
-        Console(file=terminal).status(what),
-    ):  # stderr itself may be muted within
+    # stderr itself may be muted within
+    with open(os.dup(sys.stderr.fileno()), "w") as terminal, Console(file=terminal).status(what):
         yield
 
 
@@ -192,9 +190,8 @@ class Progress:
         self._items += items
         self._share, self._note = self.done / max(self._total, 1), note
         self._mark_first()
-        if (
-            self._rich is not None or time.monotonic() - self._last >= self.every_s
-        ):  # a terminal is drawn four times a second anyhow
+        # a terminal is drawn four times a second, however often it is told
+        if self._rich is not None or time.monotonic() - self._last >= self.every_s:
             self._show()
 
     def show(self, items: int, share: float, note: str = "") -> None:
