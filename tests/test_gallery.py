@@ -68,8 +68,9 @@ def test_a_store_that_does_not_answer_is_not_asked_for_every_picture(monkeypatch
 
 
 def test_pictures_that_cost_much_are_few() -> None:
-    assert gallery.most_pictures(pa.table({"shard": ["a.tar", "b.tar"]})) == 12
-    assert gallery.most_pictures(pa.table({"shard": ["a.tar", "captions.csv"]}), 18) == 4
+    assert gallery.most_pictures(pa.table({"shard": ["a.tar", "b.tar"], "index": [9, 9999]})) == 12
+    assert gallery.most_pictures(pa.table({"shard": ["a.tar", "captions.csv"], "index": [9, 999]}), 18) == 18
+    assert gallery.most_pictures(pa.table({"shard": ["a.tar", "captions.csv"], "index": [9, 9999]}), 18) == 4
 
 
 def test_one_huge_shard_is_not_read_from_its_beginning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ MAX_SHARDS = 100
 MAX_PICTURES = 12
 """Pictures of a group."""
 FEW = 4
-"""Pictures of a group where the shards are no tars."""
+"""Pictures of a group where the shards are no tars, and large."""
+LARGE = 5_000
+"""Rows of a shard from which on a picture of it is dear where it is no tar."""
 READS_AT_ONCE = 16
 """Parquet files."""
 PICTURES_AT_ONCE = 8
@@ -117,7 +119,8 @@ def show_rows(
 
 def most_pictures(table: pa.Table, most: int = MAX_PICTURES) -> int:
     """Of a group: fewer where a picture costs the reading of a row group or a captions file."""
-    return most if pc.all(pc.ends_with(table["shard"], ".tar")).as_py() else min(FEW, most)
+    cheap = pc.or_(pc.ends_with(table["shard"], ".tar"), pc.less(table["index"], LARGE))
+    return most if pc.all(cheap).as_py() else min(FEW, most)
 
 
 def sample_bytes(row: dict[str, Any], roots: dict[str, str]) -> bytes:
