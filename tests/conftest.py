@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from raysys import console
 from raysys.regions.detector import Boxes
 from raysys.regions.engine import Engine
 from raysys.regions.recognizer import Reading
@@ -98,6 +99,13 @@ def sample(key: str, image: bytes | None, caption: str | None = "a thing", capti
     if captions is not None:
         members.append((f"{key}.json", json.dumps({"captions": captions}).encode()))
     return members
+
+
+@pytest.fixture(autouse=True)
+def normal_verbosity() -> Iterator[None]:
+    """It is one value of the process: a call that was quiet must not hush the next test's."""
+    yield
+    console.begin("", "normal")
 
 
 @pytest.fixture

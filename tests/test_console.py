@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,6 @@ from raysys import console
 from raysys.console import Progress, begin, hushed, say, tell_error, tell_result, warn, within_another
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def as_at_the_start() -> Iterator[None]:
-    yield
-    begin("", "normal")
 
 
 @pytest.fixture
